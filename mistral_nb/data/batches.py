@@ -40,6 +40,7 @@ class Batch:
     y: np.ndarray  # int64, targets
     mask: np.ndarray  # bool, whether the target counts
     seqlens: tuple[int, ...]  # block lengths; they sum to len(x)
+    padding: int = 0  # positions of padding
 
     @property
     def trained(self) -> int: return int(self.mask.sum())
@@ -50,7 +51,7 @@ class Batch:
 def make_batch(rows: list[Row]) -> Batch:
     "Rows one behind the other."
     join = lambda name, dtype: np.concatenate([getattr(r, name) for r in rows]).astype(dtype)
-    return Batch(join("x", np.int64), join("y", np.int64), join("mask", bool), tuple(chain.from_iterable(r.seqlens for r in rows)))
+    return Batch(join("x", np.int64), join("y", np.int64), join("mask", bool), tuple(chain.from_iterable(r.seqlens for r in rows)), sum(r.padding for r in rows))
 
 # %% ../../nbs/data/15_batches.ipynb #sources
 class DataError(ValueError):

@@ -24,7 +24,8 @@ class Row:
     x: np.ndarray  # (seq_len,) int32, inputs
     y: np.ndarray  # (seq_len,) int32, targets
     mask: np.ndarray  # (seq_len,) bool, whether the target counts
-    seqlens: tuple[int, ...]  # length of each block; padding is a block of its own
+    seqlens: tuple[int, ...]  # length of each block; padding is a block of its own, the last
+    padding: int = 0  # positions of padding
 
     def __repr__(self) -> str: return f"Row({len(self.x)} positions, {int(self.mask.sum())} trained, blocks {list(self.seqlens)})"
 
@@ -63,7 +64,7 @@ def make_row(blocks: list[Block], seq_len: int, counts: PackCounts) -> Row:
     pad = seq_len - sum(lengths)
     counts.rows, counts.padding = counts.rows + 1, counts.padding + pad
     x, y, mask = (np.concatenate([b[i] for b in blocks] + [np.zeros(pad, dtype=blocks[0][i].dtype)]) for i in range(3))
-    return Row(x, y, mask, tuple(lengths + [pad] if pad else lengths))
+    return Row(x, y, mask, tuple(lengths + [pad] if pad else lengths), pad)
 
 # %% ../../nbs/data/14_pack.ipynb #mistral
 def mistral_rows(samples: Iterable[TokenSample], seq_len: int, finite: bool = False, counts: PackCounts | None = None) -> Iterator[Row]:

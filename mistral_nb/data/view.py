@@ -69,13 +69,12 @@ def token_text(tokenizer: Tokenizer, id: int) -> str:
     return piece.replace("▁", " ")
 
 
-def view(x: np.ndarray, mask: np.ndarray, blocks: list[int], tokenizer: Tokenizer, limit: int = 4000) -> TokenView:
-    "Tokens `x`, where `mask` says which of them are trained; padding is a block of zeros without any trained token."
-    ends = np.cumsum(blocks)
-    padding = np.zeros(len(x), dtype=bool)
-    if blocks and not x[ends[-1] - blocks[-1] :].any(): padding[ends[-1] - blocks[-1] :] = True
+def view(x: np.ndarray, mask: np.ndarray, blocks: list[int], padded: set[int], tokenizer: Tokenizer, limit: int = 4000) -> TokenView:
+    "Tokens `x`, where `mask` says which of them are trained, in `blocks`, of which those in `padded` are padding."
+    block = np.repeat(np.arange(len(blocks)), blocks)
+
     def kind(i: int) -> str:
-        if padding[i]: return "padding"
+        if int(block[i]) in padded: return "padding"
         if tokenizer.is_special(int(x[i])): return "stop" if mask[i] else "control"
         return "trained" if mask[i] else "prompt"
     return TokenView([token_text(tokenizer, int(t)) for t in x[:limit]], [int(t) for t in x], [kind(i) for i in range(len(x))], list(blocks), limit)
@@ -126,12 +125,13 @@ def show(
     "Tokens of `thing` with what is trained on."
     if isinstance(thing, dict): thing = parse_row(thing, kind, version=tokenizer.version)
     if isinstance(thing, (ChatSample, TextSample)): thing = encode(thing, tokenizer)
-    if isinstance(thing, TokenSample): v = view(thing.tokens, thing.mask, [len(thing)], tokenizer, limit)
+    if isinstance(thing, TokenSample): v = view(thing.tokens, thing.mask, [len(thing)], set(), tokenizer, limit)
     elif isinstance(thing, (Row, Batch)):
         ends = np.cumsum(thing.seqlens)
         spans = [(e - n, e) for n, e in zip(thing.seqlens, ends)]
         x = np.concatenate([np.concatenate([thing.x[a : a + 1], thing.y[a:b]]) for a, b in spans])
         mask = np.concatenate([np.concatenate([[False], thing.mask[a:b]]) for a, b in spans])
-        v = view(x, mask, [n + 1 for n in thing.seqlens], tokenizer, limit)
+        padded = {k for k, (a, b) in enumerate(spans) if thing.padding and not thing.mask[a:b].any() and not thing.x[a:b].any()}
+        v = view(x, mask, [n + 1 for n in thing.seqlens], padded, tokenizer, limit)
     else: raise TypeError(f"cannot show a {type(thing).__name__}: give a row, a sample or a batch")
     return Shown(v.pieces, v.ids, v.kinds, v.blocks, v.limit)
