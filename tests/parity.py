@@ -4,8 +4,9 @@ from typing import Iterator
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
-from mistral_nb.core.config import LoraArgs
+from mistral_nb.data.batches import Batch
 from mistral_nb.data.batches import eval_batches
 from mistral_nb.data.batches import sources
 from mistral_nb.data.batches import tokenize_source
@@ -18,6 +19,22 @@ from mistral_nb.data.schema import prefixes
 from mistral_nb.data.schema import to_row
 from mistral_nb.data.tokens import encode as encode_sample
 from mistral_nb.data.tokens import load_tokenizer
+from mistral_nb.model.lora import attach
+from mistral_nb.model.lora import init_lora
+from mistral_nb.model.lora import load_adapter_state
+from mistral_nb.model.lora import merged_state
+from mistral_nb.model.transformer import Transformer
+from mistral_nb.model.weights import extend_vocab
+from mistral_nb.model.weights import load_model
+from mistral_nb.model.weights import read_tensors
+from mistral_nb.model.weights import save_tensors
+from mistral_nb.train.checkpoint import trained
+from mistral_nb.train.loop import batch_loss
+from mistral_nb.train.loop import train_step
+from mistral_nb.train.optim import adamw
+from mistral_nb.train.optim import beta1_at
+from mistral_nb.train.optim import lr_at
+from mistral_nb.train.optim import set_schedule
 
 TOKENIZERS: dict = {}
 
@@ -59,3 +76,58 @@ def verdict(line: str, version: str, kind="instruct") -> tuple[bool, str]:
     try: encode_sample(parse_line(line, kind, version="v3"), tokenizer(version))
     except SampleError as e: return False, str(e)
     return True, ""
+
+
+def model_with(folder, lora_file, rank, scaling, dtype=None) -> Transformer:
+    "The model of `folder`, with the adapter of `lora_file` if there is one; its tensors are right at `scaling`"
+    model = load_model(folder, dtype)
+    if rank:
+        attach(model, rank, scaling)
+        init_lora(model, 0)
+    if lora_file: load_adapter_state(model, load_file(lora_file), file_scaling=scaling)
+    return model
+
+
+def as_batch(x, y, mask, seqlens) -> Batch:
+    flat = lambda a, dtype: np.asarray(a).reshape(-1).astype(dtype)
+    return Batch(flat(x, np.int64), flat(y, np.int64), flat(mask if mask is not None else np.ones_like(y), bool), tuple(int(n) for n in seqlens))
+
+
+def forward(folder, lora_file, x, seqlens, rank, scaling) -> torch.Tensor:
+    "Float32 logits of a packed row; without `lora_file` those of the base model"
+    model = model_with(folder, lora_file, rank if lora_file else 0, scaling)
+    with torch.no_grad(): return model(torch.as_tensor(np.asarray(x)).reshape(-1).long(), [int(n) for n in seqlens])
+
+
+def loss_and_grads(folder, lora_file, x, y, mask, seqlens, rank, scaling) -> tuple[float, dict[str, torch.Tensor]]:
+    "Mean loss over the trained tokens and the gradient of each adapter tensor"
+    model = model_with(folder, lora_file, rank, scaling)
+    batch = as_batch(x, y, mask, seqlens)
+    loss = batch_loss(model, batch) / batch.trained
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in trained(model).items()}
+
+
+def train(folder, lora_file, batches, *, steps, micro, lr, pct_start, weight_decay, max_norm, rank, scaling, dtype,
+          average="microbatches", cycle_momentum=True) -> tuple[list[float], dict[str, torch.Tensor]]:
+    "Losses of `steps` optimizer steps and the adapter after them, averaged and scheduled as mistral-finetune does"
+    model = model_with(folder, lora_file, rank, scaling, getattr(torch, str(dtype).removeprefix("torch.")))
+    optimizer, losses, rows = adamw(trained(model).values(), lr, weight_decay), [], iter(batches)
+    for step in range(steps):
+        set_schedule(optimizer, lr_at(step, steps, lr, pct_start), beta1_at(step, steps, pct_start) if cycle_momentum else 0.9)
+        losses.append(train_step(model, [as_batch(*next(rows)) for _ in range(micro)], optimizer, max_norm, average)[0])
+    return losses, {n: p.detach() for n, p in trained(model).items()}
+
+
+def merge(folder, lora_file, scaling, dtype) -> dict[str, torch.Tensor]:
+    "All weights with the adapter added"
+    rank = next(t.shape[0] for n, t in load_file(lora_file).items() if "lora_A" in n)
+    return merged_state(model_with(folder, lora_file, rank, scaling), getattr(torch, str(dtype).removeprefix("torch.")))
+
+
+def extend(checkpoint_file, out_dir, seed) -> dict[str, torch.Tensor]:
+    "Weights of a 32000-token model with 32768 tokens"
+    state = extend_vocab(dict(read_tensors([Path(checkpoint_file)])), seed)
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    save_tensors(state, Path(out_dir) / "consolidated.safetensors")
+    return state
