@@ -1,4 +1,5 @@
 "The package behind the plain interface of the parity cases: numbers in, numbers out."
+from functools import lru_cache
 from pathlib import Path
 from typing import Iterator
 
@@ -36,11 +37,7 @@ from mistral_nb.train.optim import beta1_at
 from mistral_nb.train.optim import lr_at
 from mistral_nb.train.optim import set_schedule
 
-TOKENIZERS: dict = {}
-
-
-def tokenizer(version: str):
-    return TOKENIZERS.setdefault(version, load_tokenizer(version))
+tokenizer = lru_cache(maxsize=None)(load_tokenizer)
 
 
 def kind_of(row: dict) -> str:

@@ -32,9 +32,14 @@ def lines(path: Path) -> list[str]: return path.read_bytes().decode("utf-8").spl
 def rows(name: str) -> list[dict]: return [json.loads(l) for l in lines(DATA / f"{name}.jsonl") if l]
 
 
+def arrays(path: Path) -> dict:
+    "All arrays of a file, each unpacked once"
+    with np.load(path) as f: return dict(f)
+
+
 def recorded(file: str):
     "`(tokens, mask)` of each sample, and the raw arrays"
-    e = np.load(EXPECTED / file)
+    e = arrays(EXPECTED / file)
     return [(e["tokens"][a:b].tolist(), e["masks"][a:b].astype(bool).tolist()) for a, b in zip(e["offsets"], e["offsets"][1:])], e
 
 
@@ -102,16 +107,16 @@ def same_batches(e, key: str, **kw) -> None:
 @pytest.mark.parametrize("file", CASES)
 def test_batches(file):
     _, name, version, _ = file.split(".")
-    e = np.load(EXPECTED / file)
-    for key in sorted({k.rsplit(".", 1)[0] for k in e.files}): same_batches(e, key, version=VERSION[version], is_eval=name.startswith("eval"), **MIXES[name])
+    e = arrays(EXPECTED / file)
+    for key in sorted({k.rsplit(".", 1)[0] for k in e}): same_batches(e, key, version=VERSION[version], is_eval=name.startswith("eval"), **MIXES[name])
 
 
 def test_batches_of_a_folder(tmp_path):
     "The reference read the files in the order of its file system; ours sorts, so they get names in that order"
-    e = np.load(EXPECTED / "batches.dir_source.npz")
+    e = arrays(EXPECTED / "batches.dir_source.npz")
     for i, name in enumerate(e["file_order"]): shutil.copy(DATA / "dir_source" / Path(str(name)).name, tmp_path / f"{i}.jsonl")
     assert [p.name for p in jsonl_files(DATA / "dir_source")] == ["a.jsonl", "b.jsonl"]
-    for key in sorted({k.rsplit(".", 1)[0] for k in e.files if k != "file_order"}):
+    for key in sorted({k.rsplit(".", 1)[0] for k in e if k != "file_order"}):
         same_batches(e, key, version=VERSION[key.split(".")[0]], is_eval=False, instruct_data=str(tmp_path))
 
 
@@ -137,7 +142,7 @@ def facts(): return json.loads((EXPECTED / "model.json").read_text())
 @needs_model
 @pytest.mark.parametrize("file, adapter", [("forward.npz", True), ("forward_base.npz", False)])
 def test_logits(file, adapter):
-    f, e = np.load(DENSE / "forward.npz"), np.load(DENSE / file)
+    f, e = arrays(DENSE / "forward.npz"), arrays(DENSE / file)
     logits = parity.forward(DENSE, DENSE / "lora.safetensors" if adapter else None, f["x"], f["sizes"], 8, 2.0)
     assert logits.dtype == torch.float32
     assert np.abs(logits.numpy()[e["logit_positions"]] - e["logits"]).max() < 5e-5
@@ -146,7 +151,7 @@ def test_logits(file, adapter):
 @needs_model
 @pytest.mark.parametrize("masked", [True, False])
 def test_gradients(masked):
-    f = np.load(DENSE / "forward.npz")
+    f = arrays(DENSE / "forward.npz")
     loss, grads = parity.loss_and_grads(DENSE, DENSE / "lora.safetensors", f["x"], f["y"], f["mask"] if masked else None, f["sizes"], 8, 2.0)
     want = load_file(DENSE / f"grads_{'masked' if masked else 'unmasked'}.safetensors")
     assert abs(loss - float(f["loss_masked" if masked else "loss_unmasked"])) < 5e-6
@@ -155,7 +160,7 @@ def test_gradients(masked):
 
 
 def train_case(name, **kw):
-    log, e = facts()["dense"]["steps"][name], np.load(EXPECTED / "train_batches.npz")
+    log, e = facts()["dense"]["steps"][name], arrays(EXPECTED / "train_batches.npz")
     ends = np.cumsum([0, *e["n_sizes"]])
     every = [(e["x"][i], e["y"][i], None if e["mask_is_none"][i] else e["mask"][i], e["sizes"][a:z]) for i, (a, z) in enumerate(zip(ends, ends[1:]))]
     return log, parity.train(DENSE, DENSE / "lora.safetensors", itertools.cycle(every), steps=log["steps"], micro=log["num_microbatches"], lr=1e-3,
