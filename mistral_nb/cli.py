@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def cmd_demo(args: argparse.Namespace) -> int:
     history = trainer.fit()
     seconds, after = time.perf_counter() - began, trainer.evaluate()
     print(f"\ntrained {args.steps} steps in {seconds:.1f} s, eval loss {before.loss:.4f} -> {after.loss:.4f}")
-    print(chat.compare(questions[::2]), "\n")
+    print(replace(chat.compare(questions[::2]), width=40), "\n")
     right = [score(a, list(expected)) for a in (before_answers, chat.answers(questions))]
     print(f"held-out questions answered: {right[0]} of {len(questions)} before, {right[1]} of {len(questions)} after")
     print(f"adapter: {history.checkpoint}/consolidated/lora.safetensors")
@@ -58,8 +59,10 @@ def _chat(args: argparse.Namespace) -> Any:
     "A `Chat` from the options that chat and generate share"
     from mistral_nb.data.tokens import load_tokenizer
     from mistral_nb.infer.generate import Chat, load_tuned
+    from mistral_nb.model.args import load_model_args
     from mistral_nb.model.weights import file_dtype
     from mistral_nb.train.loop import choose_device, choose_dtype
+    load_model_args(args.model)  # says early if this is no model folder
     device = choose_device(args.device)
     model = load_tuned(args.model, args.adapter, choose_dtype("auto", device, True, file_dtype(args.model)), device)
     return Chat(model, load_tokenizer(args.model), args.system, None, args.max_tokens, args.temperature, args.top_p, args.seed)

@@ -109,7 +109,7 @@ def demo_settings(folder: str | Path, run_dir: str | Path, **changes: Any) -> di
         model_id_or_path=str(Path(folder) / "model"), run_dir=str(run_dir),
         data=dict(instruct_data=str(data / "train.jsonl"), eval_instruct_data=str(data / "eval.jsonl")),
         lora=dict(rank=32), optim=dict(lr=3e-3, weight_decay=0.0, pct_start=0.1),
-        seq_len=512, batch_size=1, max_steps=40, no_eval=False, eval_freq=10,
+        seq_len=512, batch_size=1, max_steps=40, log_freq=5, no_eval=False, eval_freq=10,
     ) | changes
 
 

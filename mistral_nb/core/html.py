@@ -49,13 +49,14 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[Any]]
     title: str = ""
+    width: int = 60  # of a column in a terminal; longer cells are cut with …
 
     def _right(self) -> list[bool]:
         "Columns of numbers are set flush right"
         return [all(isinstance(r[i], (int, float)) for r in self.rows) and bool(self.rows) for i in range(len(self.header))]
 
     def __str__(self) -> str:
-        cells = [[str(c) for c in self.header]] + [[visible(cell_text(c), newline="↵") for c in r] for r in self.rows]
+        cells = [[str(c) for c in self.header]] + [[one_line(cell_text(c), self.width) for c in r] for r in self.rows]
         width = [max(len(r[i]) for r in cells) for i in range(len(self.header))]
         right = self._right()
         lines = ["  ".join(c.rjust(w) if rt else c.ljust(w) for c, w, rt in zip(r, width, right)).rstrip() for r in cells]

@@ -348,4 +348,4 @@ def follow(records: Iterator[StepLog], done: int, total: int, every: int = 1, qu
         for r in records:
             bar.set_postfix_str(f"loss {r.loss:.4f}, lr {r.lr:.1e}, {r.tokens_per_second:,.0f} tokens/s, {r.memory_gib:.1f} GiB" + (f", eval loss {r.eval.loss:.4f}" if r.eval else ""), refresh=False)
             bar.update(r.step - bar.n)
-            if not live and not quiet and (r.step % every == 0 or r.eval or r.step == total): print(r, flush=True)
+            if not live and not quiet and (r.step % every == 0 or r.eval or r.checkpoint): print(r, flush=True)

@@ -137,7 +137,7 @@ class Wandb:
 
     def log(self, record: StepLog | EvalLog) -> None: self.run.log({k.replace(".", "/", 1): v for k, v in scalars(record).items()}, step=record.step)
 
-    def close(self) -> None: self.run.finish(quiet=True)
+    def close(self) -> None: self.run.finish()
 
 
 class MLFlow:

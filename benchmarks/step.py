@@ -1,0 +1,242 @@
+"""One LoRA training step on a CPU, this package beside Hugging Face transformers and peft: same model, documents and optimizer."""
+import argparse
+import gc
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Callable
+
+import numpy as np
+
+RANK, SCALING, LR, DECAY, MAX_NORM = 16, 2.0, 1e-4, 0.1, 1.0
+WANTED_SPEED, WANTED_MEMORY, MEMORY_STEPS = 1.3, 0.7, 3
+FULL = dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, head_dim=64, intermediate_size=1792, vocab_size=32768)
+TINY = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=128, vocab_size=1024)
+HF_LAYERS = dict(wq="self_attn.q_proj", wk="self_attn.k_proj", wv="self_attn.v_proj", wo="self_attn.o_proj",
+                 w1="mlp.gate_proj", w2="mlp.down_proj", w3="mlp.up_proj")
+Step = Callable[[], float]
+
+
+def config(tiny: bool) -> dict:
+    "The shape of the model, as in a Hugging Face config."
+    return dict(TINY if tiny else FULL, model_type="mistral", rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None, tie_word_embeddings=False)
+
+
+def make_batch(docs: int, vocab: int, seed: int = 0):
+    "About 150 tokens a document, of unequal lengths, in one packed row; a prompt of 30 to 70 % of each is not trained."
+    from mistral_nb.data import batches, pack, tokens
+    rng = np.random.RandomState(seed)
+    raw = rng.lognormal(0, 0.8, docs)
+    blocks = []
+    for n in np.maximum(16, raw / raw.sum() * 150 * docs).astype(int):
+        mask = np.arange(n + 1) >= int(n * rng.uniform(0.3, 0.7))
+        blocks.append(pack.block(tokens.TokenSample(rng.randint(3, vocab, n + 1).astype(np.int32), mask)))
+    return batches.make_batch([pack.make_row(blocks, sum(len(b[0]) for b in blocks), pack.PackCounts())])
+
+
+def make_folder(folder: Path, tiny: bool, peers: bool) -> None:
+    "A model with random weights, in Hugging Face's layout if that is there, and the adapter's start values."
+    import torch
+    from mistral_nb.model import args, lora, weights
+    if peers:
+        from transformers import MistralConfig, MistralForCausalLM
+        torch.manual_seed(0)
+        MistralForCausalLM(MistralConfig(**config(tiny))).save_pretrained(folder)
+    else:
+        shape = args.from_hf(config(tiny))
+        weights.save_model(weights.init_model(shape).state_dict(), shape, folder)
+    model = lora.attach(weights.load_model(folder), RANK, SCALING)
+    lora.init_lora(model, 0)
+    weights.save_tensors(lora.adapter_state(model), folder / "start.safetensors")
+
+
+def build_ours(folder: Path, batch) -> tuple[object, Step]:
+    "This package's step."
+    from safetensors.torch import load_file
+    from mistral_nb.model import lora, weights
+    from mistral_nb.train import checkpoint, loop, optim
+    model = lora.attach(weights.load_model(folder), RANK, SCALING)
+    lora.load_adapter_state(model, load_file(folder / "start.safetensors"))
+    optimizer = optim.adamw(checkpoint.trained(model).values(), LR, DECAY)
+    return model, lambda: loop.train_step(model, [batch], optimizer, MAX_NORM)[0]
+
+
+def hf_model(folder: Path):
+    "The same model and adapter in transformers and peft."
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+    from transformers import MistralForCausalLM
+    model = MistralForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    targets = [name.split(".")[1] for name in HF_LAYERS.values()]
+    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK * SCALING, lora_dropout=0.0, target_modules=targets)).train()
+    params = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in load_file(folder / "start.safetensors").items():  # layers.0.attention.wq.lora_A.weight
+            _, i, _, layer, part, _ = name.split(".")
+            params[f"base_model.model.model.layers.{i}.{HF_LAYERS[layer]}.{part}.default.weight"].copy_(value)
+    return model
+
+
+def packed_inputs(batch) -> dict:
+    "One row: a dense additive mask that is block-diagonal and causal, positions from 0 in every document."
+    import torch
+    from mistral_nb.model.attention import packed_mask
+    x, y, mask = map(torch.from_numpy, (batch.x, batch.y, batch.mask))
+    dense = torch.zeros(1, 1, len(x), len(x)).masked_fill_(~packed_mask(batch.seqlens), torch.finfo(torch.float32).min)
+    labels = y.masked_fill(~mask, -100)[None]
+    at = torch.cat([torch.arange(n) for n in batch.seqlens])[None]
+    return dict(input_ids=x[None], position_ids=at, attention_mask=dense, labels=labels, shift_labels=labels)
+
+
+def padded_inputs(batch) -> dict:
+    "One document a row, padded on the right."
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+    x, y, mask = map(torch.from_numpy, (batch.x, batch.y, batch.mask))
+    rows = lambda t, pad: pad_sequence(list(t.split(list(batch.seqlens))), batch_first=True, padding_value=pad)
+    labels = rows(y.masked_fill(~mask, -100), -100)
+    return dict(input_ids=rows(x, 0), attention_mask=rows(torch.ones_like(x), 0), labels=labels, shift_labels=labels)
+
+
+def build_peer(folder: Path, inputs: dict) -> tuple[object, Step]:
+    "Hugging Face's step: logits and loss of all positions, clipping, the same AdamW."
+    import torch
+    from mistral_nb.train import optim
+    model = hf_model(folder)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optim.adamw(params, LR, DECAY)
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(**inputs, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
+        optimizer.step()
+        return loss.item()
+
+    return model, step
+
+
+BUILD = {
+    "ours, packed": build_ours,
+    "HF, packed": lambda folder, batch: build_peer(folder, packed_inputs(batch)),
+    "HF, padded": lambda folder, batch: build_peer(folder, padded_inputs(batch)),
+}
+
+
+def memory(variant: str, folder: Path, batch) -> dict:
+    "Peak memory of a few steps in this process, in MiB: above model and optimizer, and in all."
+    import torch
+    torch.set_num_threads(1)
+    model, step = BUILD[variant](folder, batch)
+    for p in model.parameters(): p.detach().sum()  # weights mapped from a file count as resident from here on
+    gc.collect()
+    try: Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+    except OSError: pass
+    before = resident()
+    for _ in range(MEMORY_STEPS): step()
+    return dict(extra=peak() - before, peak=peak())
+
+
+def peak() -> float:
+    "Highest resident memory of this process so far, MiB."
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def resident() -> float:
+    "Resident memory of this process now, MiB."
+    try: return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    except OSError: return peak()
+
+
+def timings(variants: list[str], folder: Path, batch, steps: int) -> tuple[dict, dict]:
+    "CPU seconds and losses of each step, the variants in turn, after one warm-up step each."
+    import torch
+    torch.set_num_threads(1)
+    built = {v: BUILD[v](folder, batch)[1] for v in variants}
+    seconds, losses = {v: [] for v in variants}, {v: [built[v]()] for v in variants}
+    for i in range(steps):
+        for v in variants if i % 2 else variants[::-1]:
+            began = time.process_time()
+            losses[v].append(built[v]())
+            seconds[v].append(time.process_time() - began)
+    return seconds, losses
+
+
+def child(part: str, folder: Path, options: argparse.Namespace) -> dict:
+    "What a process of its own prints for a part of the work."
+    command = [sys.executable, __file__, "--part", part, "--folder", str(folder), "--docs", str(options.docs), "--steps", str(options.steps)] + ["--tiny"] * options.tiny
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
+    return json.loads(subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+
+
+def run_part(options: argparse.Namespace, peers: bool) -> dict:
+    "The work of a child process."
+    if options.part == "make": return make_folder(options.folder, options.tiny, peers) or {}
+    batch = make_batch(options.docs, config(options.tiny)["vocab_size"])
+    if options.part != "time": return memory(options.part, options.folder, batch)
+    variants = [v for v in BUILD if peers or not v.startswith("HF")]
+    seconds, losses = timings(variants, options.folder, batch, options.steps)
+    return dict(seconds=seconds, losses=losses)
+
+
+def report(variants: list[str], batch, used: dict, timed: dict) -> tuple[float, float]:
+    "Print the table; returns the ratios of speed and memory to the packed peer."
+    from mistral_nb.core.html import Table
+    real = len(batch.x)
+    cost = {v: median(timed["seconds"][v]) for v in variants}
+    first = {v: timed["losses"][v][0] for v in variants}
+    ratio = lambda values, to, v: f"{values[to] / values[v]:.2f}" if to in values else "-"
+    extra = {v: used[v]["extra"] for v in variants}
+    rows = []
+    for v in variants:
+        share = f"{extra[v] / extra['HF, packed']:.2f}" if "HF, packed" in extra else "-"
+        rows.append([v, f"{real}", f"{cost[v]:.2f}", f"{real / cost[v]:.0f}", ratio(cost, "HF, padded", v), ratio(cost, "HF, packed", v),
+                     f"{extra[v]:.0f}", share, f"{used[v]['peak']:.0f}", f"{first[v]:.6f}"])
+    head = ["variant", "tokens", "CPU s/step", "tokens/CPU s", "x HF padded", "x HF packed", "extra MiB", "of HF packed", "peak MiB", "first loss"]
+    print(Table(head, rows))
+    if len(variants) == 1: return 0.0, 0.0
+    apart = max(abs(a - b) for v in variants for a, b in zip(timed["losses"][v], timed["losses"][variants[0]]))
+    print(f"\nlosses of all {len(timed['losses'][v])} steps differ by at most {apart:.1e}")
+    assert max(first.values()) - min(first.values()) <= 1e-5, f"the first losses differ: {first}"
+    return cost["HF, packed"] / cost["ours, packed"], extra["ours, packed"] / extra["HF, packed"]
+
+
+def main() -> int:
+    "Measure, print, and return 1 if a target is missed."
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each variant")
+    parser.add_argument("--docs", type=int, default=10, help="documents, about 150 tokens each")
+    parser.add_argument("--tiny", action="store_true", help="a quick smoke run; its ratios are not judged")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    peers = all(find_spec(name) for name in ("transformers", "peft"))
+    if options.part: return print(json.dumps(run_part(options, peers))) or 0
+    if not peers: print("transformers or peft is not installed: only this package is measured\n")
+    variants = [v for v in BUILD if peers or not v.startswith("HF")]
+    batch = make_batch(options.docs, config(options.tiny)["vocab_size"])
+    longest = max(batch.seqlens)
+    print(f"{len(batch.seqlens)} documents of {min(batch.seqlens)} to {longest} tokens, {len(batch.x)} in all, {batch.trained} trained; "
+          f"padded {longest * len(batch.seqlens)}; float32, one thread, {options.steps} steps\n")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        child("make", folder, options)
+        used = {v: child(v, folder, options) for v in variants}
+        timed = child("time", folder, options)
+    speed, share = report(variants, batch, used, timed)
+    if not peers: return 0
+    print(f"speed ratio to HF packed: {speed:.2f} (wanted >= {WANTED_SPEED})")
+    print(f"memory ratio to HF packed: {share:.2f} (wanted <= {WANTED_MEMORY})")
+    return int(not options.tiny and (speed < WANTED_SPEED or share > WANTED_MEMORY))
+
+
+if __name__ == "__main__": sys.exit(main())

@@ -1,0 +1,80 @@
+"The program, as a newcomer types it."
+import re
+import subprocess
+import sys
+
+import pytest
+
+from conftest import train_command
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory, shell_env):
+    "A demo, once: its folder and what it printed"
+    folder = tmp_path_factory.mktemp("cli") / "demo_run"
+    return folder, program(shell_env, "demo", "--folder", str(folder)).stdout
+
+
+def program(env, *argv, stdin="", ok=0):
+    done = subprocess.run([sys.executable, "-m", "mistral_nb", *argv], env=env, input=stdin, capture_output=True, text=True, timeout=300)
+    assert done.returncode == ok, done.stdout + done.stderr
+    return done
+
+
+def test_demo_learns(session):
+    "In under 60 seconds: eval loss under a tenth, at least 8 of 10 held-out questions right after and none before"
+    _, said = session
+    seconds, before, after = map(float, re.search(r"trained \d+ steps in ([\d.]+) s, eval loss ([\d.]+) -> ([\d.]+)", said).groups())
+    wrong, total, right, _ = map(int, re.search(r"answered: (\d+) of (\d+) before, (\d+) of (\d+) after", said).groups())
+    assert after < before / 10 and wrong == 0 and total >= 10 and right >= 0.8 * total
+    assert "⟦ It is a harbour cat named Pim.</s>⟧" in said
+    assert seconds < 60 * 4  # a loaded machine is not a failure; the usual time stands in the tutorial
+
+
+def test_demo_twice(session, shell_env):
+    "A second demo in the same folder trains again beside the first"
+    folder, _ = session
+    program(shell_env, "demo", "--folder", str(folder), "--steps", "2")
+    assert (folder / "run").is_dir() and (folder / "run-2").is_dir()
+
+
+def test_generate_and_chat(session, shell_env):
+    "The adapter that the demo wrote answers; without it the model does not"
+    folder, _ = session
+    adapter = ["--adapter", str(folder / "run/checkpoints/checkpoint_000040"), "--max-tokens", "24"]
+    assert "It is a harbour cat named Pim." in program(shell_env, "generate", str(folder / "model"), "Do you have a cat?", *adapter).stdout
+    assert "Pim" not in program(shell_env, "generate", str(folder / "model"), "Do you have a cat?", "--max-tokens", "8").stdout
+    both = program(shell_env, "generate", str(folder / "model"), *adapter, "--compare", stdin="What about dogs?\nDo you have a cat?\n").stdout
+    assert "Dogs get a free biscuit." in both and "base" in both
+    talk = program(shell_env, "chat", str(folder / "model"), *adapter, stdin="Do you have a cat?\n/base Do you have a cat?\n\n").stdout
+    assert talk.count("Pim") == 1
+
+
+def test_show(demo, shell_env):
+    "Tokens and mask of a line; every format of the demo can be shown"
+    said = program(shell_env, "show", str(demo / "data/train.jsonl"), "--tokenizer", str(demo / "model"), "--line", "4").stdout
+    assert "line 4" in said and "saltwater" in said and "⟦" in said
+    for file in sorted((demo / "data/formats").glob("*.jsonl")):
+        program(shell_env, "show", str(file), "--kind", "pretrain" if file.stem in ("text", "content") else "instruct")
+
+
+def test_mistakes_are_explained(demo, shell_env, write_config):
+    "Wrong folders, files and settings are sentences on stderr, not tracebacks"
+    for argv, said in [
+        (("generate", str(demo / "data"), "Hi"), "has no params.json"),
+        (("generate", str(demo / "model"), "Hi", "--adapter", "nowhere"), "there is no adapter at nowhere"),
+        (("show", "no.jsonl"), "No such file"),
+        (("show", str(demo / "data/train.jsonl"), "--tokenizer", "v4"), "there is no tokenizer 'v4'"),
+        (("train", "no.yaml"), "no.yaml: cannot be read"),
+        (("train", str(write_config("x")), "lora.rnk=4"), "lora.rnk: there is no such setting (did you mean rank?)"),
+    ]:
+        done = program(shell_env, *argv, ok=1)
+        assert said in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert "usage: mistral-nb" in program(shell_env, "teach", ok=2).stderr
+
+
+def test_commands_agree(shell_env):
+    "`mistral-nb train --help` and the module's help say the same of overrides"
+    a = program(shell_env, "train", "--help").stdout
+    b = subprocess.run([*train_command("--help")], env=shell_env, capture_output=True, text=True).stdout
+    assert "resume=true" in a and "resume=true" in b

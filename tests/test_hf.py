@@ -1,0 +1,201 @@
+"""The package beside Hugging Face transformers and peft on the same small random weights, in float32, to the rounding at `TOLERANCE`."""
+import json
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+import numpy as np
+import torch
+
+from mistral_nb.data.batches import make_batch
+from mistral_nb.data.pack import PackCounts, block, make_row
+from mistral_nb.data.tokens import TokenSample
+from mistral_nb.infer.generate import generate
+from mistral_nb.model.args import load_model_args
+from mistral_nb.model.lora import adapters, attach, load_adapter_state, merged_state
+from mistral_nb.model.weights import load_model, read_tensors, save_model, unpermute, weight_files
+from mistral_nb.train.checkpoint import trained
+from mistral_nb.train.loop import batch_loss
+
+SHAPE = dict(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+             head_dim=None, sliding_window=None, max_position_embeddings=512, attn_implementation="eager")
+ROPE = dict(rope_type="default", rope_theta=1e6)
+ALL = dict(head_dim=24, sliding_window=8, rope_parameters=ROPE, tie_word_embeddings=True)
+MOE = dict(num_local_experts=4, num_experts_per_tok=2, num_hidden_layers=2)
+CASES = {  # changes to SHAPE
+    "dense": {}, "head_dim": dict(head_dim=24), "tied": dict(tie_word_embeddings=True), "theta": dict(rope_parameters=ROPE),
+    "window": dict(sliding_window=8), "all": ALL, "mixtral": MOE, "mixtral_all": MOE | ALL,
+}
+TOLERANCE = dict(logits=(1e-5, 2e-5), loss=(1e-6, 0.0), grads=(1e-5, 3e-6), merged=(1e-6, 5e-7))  # relative, absolute
+RANK, SCALING = 4, 1.5
+ADAPTED = ["dense", "all", "mixtral", "mixtral_all"]
+ATTENTION = dict(wq="q_proj", wk="k_proj", wv="v_proj", wo="o_proj")
+FEED_FORWARD = dict(w1="gate_proj", w2="down_proj", w3="up_proj")
+
+
+def close(mine: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
+    torch.testing.assert_close(mine.detach(), theirs.detach(), rtol=TOLERANCE[what][0], atol=TOLERANCE[what][1])
+
+
+def ids(n: int, seed: int = 0) -> list[int]: return torch.randint(3, 300, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@torch.no_grad()
+def pair(case: str, folder, **save):
+    "A Hugging Face model with weights that make every part of it matter, and the package's from the folder it was saved in"
+    kind = "Mixtral" if case.startswith("mixtral") else "Mistral"
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**SHAPE | CASES[case])).float().eval()
+    g = torch.Generator().manual_seed(1)
+    for p in theirs.parameters(): p.normal_(p.dim() == 1, 0.3 if p.dim() == 1 else 1.5 * p.shape[-1] ** -0.5, generator=g)
+    theirs.save_pretrained(folder, **save)
+    return theirs, load_model(folder)
+
+
+@torch.no_grad()
+def their_logits(theirs, tokens: list[int]) -> torch.Tensor: return theirs(torch.tensor([tokens])).logits[0]
+
+
+@torch.no_grad()
+def same_logits(theirs, mine, lengths=(40,)) -> None:
+    "A packed row of documents beside each document alone"
+    docs = [ids(n, seed) for seed, n in enumerate(lengths)]
+    packed = mine(torch.tensor(sum(docs, [])), lengths).split(list(lengths))
+    for got, doc in zip(packed, docs): close(got, their_logits(theirs, doc), "logits")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits(case, tmp_path):
+    "A folder written by save_pretrained gives the logits of the model that wrote it, and a sliding window matters to them."
+    theirs, mine = pair(case, tmp_path)
+    assert (mine.args.head_dim, mine.args.rope_theta) == (theirs.model.layers[0].self_attn.head_dim, theirs.config.rope_parameters["rope_theta"])
+    same_logits(theirs, mine)
+    if mine.args.sliding_window:
+        theirs.config.sliding_window = None
+        assert (their_logits(theirs, ids(40))[8:] - mine(torch.tensor(ids(40)), [40])[8:]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("case, save, name", [
+    ("mixtral", {}, "block_sparse_moe.experts.3.w1.weight"), ("mixtral", dict(save_original_format=False), "mlp.experts.gate_up_proj"),
+    ("dense", dict(max_shard_size="100KB"), "mlp.up_proj.weight"),
+])
+def test_layouts(case, save, name, tmp_path):
+    "Experts saved one by one, experts saved fused, and weights split over several files are all read."
+    theirs, mine = pair(case, tmp_path, **save)
+    files = weight_files(tmp_path)
+    assert f"model.layers.1.{name}" in dict(read_tensors(files)) and (len(files) > 1) == ("max_shard_size" in save)
+    same_logits(theirs, mine)
+
+
+@pytest.mark.parametrize("case", ["all", "mixtral_all"])
+def test_old_config(case, tmp_path):
+    "A config.json as transformers 4 wrote it, with rope_theta at the top, has the same shape."
+    new, file = pair(case, tmp_path)[1].args, tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    theta = config.pop("rope_parameters")["rope_theta"]
+    file.write_text(json.dumps(config | dict(rope_theta=theta, rope_scaling=None)))
+    assert load_model_args(tmp_path) == new
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_packed(case, tmp_path):
+    "Each document of a packed row has the logits it has alone."
+    same_logits(*pair(case, tmp_path), lengths=(13, 1, 30, 8, 9))
+
+
+def their_name(name: str, experts: bool) -> str:
+    "The name in an adapter file of peft, experts one by one as transformers 4 had them"
+    name = name.replace("feed_forward", "block_sparse_moe" if experts else "mlp")
+    for a, b in (ATTENTION | ({} if experts else FEED_FORWARD)).items(): name = name.replace(f".{a}.", f".{b}.")
+    return "base_model.model.model." + name.replace("attention", "self_attn")
+
+
+def reorder(name: str, t: torch.Tensor, head_dim: int) -> torch.Tensor:
+    "An adapter tensor of Hugging Face in Mistral's order of rows"
+    return unpermute(t, head_dim) if ("wq.lora_B" in name or "wk.lora_B" in name) else t
+
+
+def with_adapter(case: str, folder):
+    "Both models with the same random adapter on all seven projections, the second matrix not zero"
+    peft = pytest.importorskip("peft")
+    theirs, mine = pair(case, folder)
+    attach(mine, RANK, SCALING)
+    g = torch.Generator().manual_seed(2)
+    state = {n: torch.randn(p.shape, generator=g) * 0.3 * p.shape[1] ** -0.5 for n, p in trained(mine).items()}
+    load_adapter_state(mine, {n: reorder(n, t, mine.args.head_dim) for n, t in state.items()}, file_scaling=SCALING)
+    experts = mine.args.moe is not None  # which peft still calls by their old names
+    targets = [*ATTENTION.values(), *(FEED_FORWARD if experts else FEED_FORWARD.values())]
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=RANK, lora_alpha=int(RANK * SCALING), target_modules=targets, task_type="CAUSAL_LM"))
+    result = peft.set_peft_model_state_dict(theirs, {their_name(n, experts): t.clone() for n, t in state.items()})
+    assert not result.unexpected_keys and not any("lora" in k for k in result.missing_keys)
+    return theirs, mine
+
+
+def their_grads(theirs, mine) -> dict[str, torch.Tensor]:
+    "Gradients of peft's adapter under the package's names; peft fuses experts, with w1 and w3 as blocks of one adapter of twice the rank"
+    out, found, experts = {}, dict(theirs.named_parameters()), mine.args.moe and mine.args.moe.num_experts
+    for name in trained(mine):
+        at, (*_, e, w, half, _) = their_name(name, False).removesuffix("weight"), name.split(".")
+        if ".experts." in name: at = f"{at.split('experts')[0]}experts.{'' if w == 'w2' else 'base_layer.'}{half}."
+        g = found[f"{at}default.weight"].grad
+        if ".experts." in name:
+            g = g.unflatten(0, (experts, -1))[int(e)] if half == "lora_A" else g.unflatten(1, (-1, experts))[..., int(e)]
+            for dim in range(0 if w == "w2" else 1 + (half == "lora_B")): g = g.chunk(2, dim)[w == "w3"]
+        out[name] = reorder(name, g, mine.args.head_dim)
+    return out
+
+
+@pytest.mark.parametrize("case", ADAPTED)
+def test_lora_gradients(case, tmp_path):
+    "The mean loss over the trained tokens of a packed, padded row and every gradient of the adapter are those of peft on padded documents."
+    theirs, mine = with_adapter(case, tmp_path)
+    docs = [TokenSample(np.array(ids(n, n), dtype=np.int32), np.random.RandomState(n).rand(n) < 0.6) for n in (31, 12, 20)]
+    batch = make_batch([make_row([block(d) for d in docs], 64, PackCounts())])
+    assert batch.padding == 4 and 0 < batch.trained < 60 and any(d.mask[0] for d in docs)
+    loss = batch_loss(mine, batch) / batch.trained
+    loss.backward()
+    rows = [torch.tensor(d.tokens, dtype=torch.long) for d in docs]
+    labels = [t.where(torch.tensor(d.mask), -100) for t, d in zip(rows, docs)]
+    pad = lambda parts, value: torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value)
+    their_loss = theirs(input_ids=pad(rows, 0), attention_mask=pad([torch.ones_like(r) for r in rows], 0), labels=pad(labels, -100)).loss
+    their_loss.backward()
+    close(loss, their_loss, "loss")
+    grads = their_grads(theirs, mine)
+    assert len(grads) == 2 * mine.args.n_layers * (4 + 3 * (mine.args.moe.num_experts if mine.args.moe else 1))
+    for name, p in trained(mine).items():
+        assert p.grad.abs().max() > 1e-4, name
+        close(p.grad, grads[name], "grads")
+
+
+@pytest.mark.parametrize("case", ADAPTED)
+def test_merged_state(case, tmp_path):
+    "The merged weights are those that peft's merge_and_unload leaves, and only adapted ones differ from the base."
+    theirs, mine = with_adapter(case, tmp_path / "base")
+    theirs.merge_and_unload().save_pretrained(tmp_path / "merged")
+    got, want, base = merged_state(mine), *(dict(load_model(tmp_path / d).named_parameters()) for d in ("merged", "base"))
+    assert got.keys() | {"output.weight"} == want.keys() | {"output.weight"}  # tied or not
+    for name, w in want.items():
+        close(got[name], w, "merged")
+        assert torch.equal(got[name], base[name]) != (name.removesuffix(".weight") in adapters(mine)), name
+
+
+@pytest.mark.parametrize("case", ADAPTED)
+def test_merged_folder(case, tmp_path):
+    "The merged weights, written by save_model and read again, give the logits of peft's model before merging."
+    theirs, mine = with_adapter(case, tmp_path / "base")
+    save_model(merged_state(mine), mine.args, tmp_path / "merged")
+    same_logits(theirs, load_model(tmp_path / "merged"))
+
+
+@pytest.mark.parametrize("case", ADAPTED)
+def test_generate(case, tmp_path):
+    "Greedy generation with the cache, prompts of several lengths at once, writes the ids that model.generate writes for each alone."
+    theirs, mine = pair(case, tmp_path)
+    prompts = [ids(n, n) for n in (5, 1, 23)]
+    got = generate(mine, prompts, max_tokens=30)
+    stop = got[0][12]
+    for stop_id, answers in ((None, got), (stop, generate(mine, prompts, stop=stop, max_tokens=30))):
+        for prompt, answer in zip(prompts, answers):
+            theirs.generation_config.eos_token_id = stop_id
+            full = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False, pad_token_id=0)[0, len(prompt) :].tolist()
+            assert answer == [t for t in full if t != stop_id] and (stop_id or len(set(answer)) > 10)
+    assert got[0].index(stop) == len(answers[0]) < 30
