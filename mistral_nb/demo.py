@@ -9,18 +9,11 @@ __all__ = ['DEMO_SHAPE', 'V3_TOKENIZER', 'FACTS', 'WEATHER', 'make_model', 'chat
 # %% ../nbs/49_demo.ipynb #imports
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mistral_common
 
-from .core.html import Table
-from .data.batches import sources
-from .data.batches import describe
-from .data.batches import tokenize_source
-from .data.schema import read_samples
-from .data.tokens import load_tokenizer
 from .model.args import ModelArgs
 from .model.weights import init_model
 from .model.weights import save_model

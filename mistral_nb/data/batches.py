@@ -8,7 +8,6 @@ __all__ = ['Batch', 'make_batch', 'DataError', 'Source', 'sources', 'Tokenized',
 
 # %% ../../nbs/data/15_batches.ipynb #imports
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from itertools import islice
 from pathlib import Path

@@ -10,7 +10,6 @@ __all__ = ['UNSUPPORTED', 'WANTED', 'HF_NAMES', 'ModelError', 'MoeArgs', 'ModelA
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from ..core.html import Table
 

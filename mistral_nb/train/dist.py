@@ -13,7 +13,6 @@ from typing import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch import nn
 
 # %% ../../nbs/train/32_dist.ipynb #ranks

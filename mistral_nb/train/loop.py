@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Iterator, Sequence
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from ..core.config import ConfigError
@@ -26,10 +25,10 @@ from ..core.config import check_paths
 from ..core.config import load_args
 from ..core.config import save_args
 from ..core.config import to_dict
+from ..core.html import Picture
 from ..core.html import Table
 from ..data.batches import Batch
 from ..data.batches import check_source
-from ..data.batches import describe
 from ..data.batches import eval_batches
 from ..data.batches import sources
 from ..data.batches import tokenize_source
@@ -163,8 +162,8 @@ class History:
 
     def _repr_html_(self) -> str: return self.table()._repr_html_()
 
-    def plot(self) -> Any:
-        "The loss as a matplotlib figure"
+    def plot(self) -> Picture:
+        "The loss over the steps"
         from matplotlib.figure import Figure
         figure = Figure(figsize=(6, 2.8), layout="constrained")
         axes = figure.subplots()
@@ -172,7 +171,7 @@ class History:
         if self.evals: axes.plot([e.step for e in self.evals], [e.loss for e in self.evals], "o-", label="eval")
         axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
         axes.legend()
-        return figure
+        return Picture(figure)
 
 # %% ../../nbs/train/36_loop.ipynb #trainer
 class Trainer:
