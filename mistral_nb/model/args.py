@@ -79,7 +79,8 @@ def from_hf(config: dict, name: str = "config.json") -> ModelArgs:
     "The shape in the mapping of a Hugging Face config for `mistral` or `mixtral`."
     if config.get("model_type") not in ("mistral", "mixtral"): raise ModelError(f"{name} has model_type {config.get('model_type')!r}: use a mistral or mixtral model")
     rope = config.get("rope_parameters") or {}
-    if (config.get("rope_scaling") or rope).get("rope_type", "default") != "default": raise ModelError(f"{name} scales rope: models of this kind cannot be trained yet")
+    scaling = config.get("rope_scaling") or rope
+    if (scaling.get("rope_type") or scaling.get("type") or "default") != "default": raise ModelError(f"{name} scales rope: models of this kind cannot be trained yet")
     values = {k: config[v] for k, v in HF_NAMES.items()}
     moe = MoeArgs(config["num_local_experts"], config["num_experts_per_tok"]) if config["model_type"] == "mixtral" else None
     return ModelArgs(

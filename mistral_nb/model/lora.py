@@ -112,9 +112,9 @@ def lora_rank(state: dict[str, Tensor]) -> int:
 def merged_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     "All weights of the model with the adapter added in float32, under the names of a model without one; on the CPU."
     layers, out = adapters(model), {}
-    for name, p in model.state_dict().items():
+    for name, p in model.named_parameters():  # a tied output matrix is named once, as the embedding
         if ".lora_A." in name or ".lora_B." in name: continue
         layer = layers.get(name.removesuffix(".weight"))
-        full = p if layer is None else (p.float() + layer.delta()).to(p.dtype)
+        full = p.detach() if layer is None else (p.float() + layer.delta()).to(p.dtype)
         out[name] = full.to("cpu", dtype or p.dtype).contiguous()
     return out

@@ -137,7 +137,8 @@ def save_model(state: dict[str, Tensor], args: ModelArgs, folder: str | Path) ->
     "Write `consolidated.safetensors` and `params.json`, which `load_model` and mistral-inference read."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(state, folder / "consolidated.safetensors")
+    own = {k: v for k, v in state.items() if not (args.tied_embeddings and k == "output.weight")}
+    save_tensors(own, folder / "consolidated.safetensors")
     (folder / "params.json").write_text(json.dumps(to_params(args), indent=4))
 
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'batch_loss', 'divisors', 'train_step', 'choose_device', 'choose_dtype', 'find_start', 'check_same',
-           'History', 'Trainer', 'build_model', 'open_sinks', 'in_notebook', 'follow']
+           'History', 'read_data', 'build_model', 'mean_loss', 'summary', 'open_sinks', 'Trainer', 'in_notebook',
+           'follow']
 
 # %% ../../nbs/train/36_loop.ipynb #imports
 import json
@@ -28,12 +29,14 @@ from ..core.config import to_dict
 from ..core.html import Picture
 from ..core.html import Table
 from ..data.batches import Batch
+from ..data.batches import Tokenized
 from ..data.batches import check_source
 from ..data.batches import eval_batches
 from ..data.batches import sources
 from ..data.batches import tokenize_source
 from ..data.batches import train_batches
 from ..data.pack import PackCounts
+from ..data.tokens import Tokenizer
 from ..data.tokens import check_vocab
 from ..data.tokens import load_tokenizer
 from ..model.args import load_model_args
@@ -173,6 +176,66 @@ class History:
         axes.legend()
         return Picture(figure)
 
+# %% ../../nbs/train/36_loop.ipynb #read-data
+def read_data(args: TrainArgs, tokenizer: Tokenizer, world_size: int = 1) -> tuple[list[Tokenized], list[Tokenized]]:
+    "Training and evaluation sources as tokens; the first bad line or too small source raises."
+    chunk = args.data.instruct.dynamic_chunk_fn_call
+    train = [check_source(tokenize_source(s, tokenizer, chunk), world_size) for s in sources(args.data.data, args.data.instruct_data)]
+    return train, [check_source(tokenize_source(s, tokenizer)) for s in sources("", args.data.eval_instruct_data)]
+
+
+def build_model(args: TrainArgs, device: str) -> Transformer:
+    "The model of a run, with its adapter or all weights trainable."
+    dtype = choose_dtype(args.dtype, device, args.lora.enable, file_dtype(args.model_id_or_path))
+    if not args.lora.enable and dtype == torch.float16: raise ConfigError("dtype", "float16 cannot train all weights", "use float32 or bfloat16, or lora.enable: true")
+    model = load_model(args.model_id_or_path, dtype, device)
+    if args.lora.enable:
+        attach(model, args.lora.rank, args.lora.scaling, args.lora.dropout)
+        init_lora(model, args.seed)
+    else: model.requires_grad_(True)
+    model.recompute = len(model.layers) if args.checkpoint else 0
+    return model.train()
+
+
+@torch.no_grad()
+def mean_loss(model: Transformer, batches: Iterator[Batch]) -> tuple[float, int]:
+    "`(mean loss, trained tokens)` over all batches of all ranks, without dropout."
+    total, tokens = 0.0, 0
+    model.eval()
+    for batch in batches: total, tokens = total + float(batch_loss(model, batch)), tokens + batch.trained
+    model.train()
+    total, count = dist.all_sum([total, float(tokens)], model.norm.weight.device)
+    return total / count, int(count)
+
+# %% ../../nbs/train/36_loop.ipynb #summary
+def summary(trainer: "Trainer") -> Table:
+    "What is about to be trained, on what."
+    args, world, model = trainer.args, trainer.ranks.world_size, trainer.model
+    learn, every = sum(p.numel() for p in trained(model).values()), n_params(trainer.model_args)
+    rows = [
+        ("model", args.model_id_or_path),
+        ("parameters", f"{every:,}"),
+        ("trained", f"{learn:,} ({learn / every:.2%})"),
+        ("weights", f"{str(model.norm.weight.dtype).removeprefix('torch.')} on {trainer.device}, {world} process{'es' * (world > 1)}"),
+        ("tokenizer", f"{trainer.tokenizer.version}, {trainer.tokenizer.vocab_size:,} tokens"),
+        ("tokens in a step", f"{args.seq_len * args.batch_size * args.num_microbatches * world:,}"),
+        ("steps", f"{args.max_steps:,}" + (f", going on after {trainer.step}" if trainer.step else "")),
+    ]
+    for d in trainer.data + trainer.eval_data:
+        long = sum(len(s) - 1 > args.seq_len for s in d.samples)
+        cut = f", {long:,} longer than seq_len will be cut" if long else ""
+        rows.append((f"data {d.source.path}", f"{d.lines:,} rows, {sum(map(len, d.samples)):,} tokens, {d.trained:,} trained{cut}"))
+    return Table(["run", str(args.run_dir)], rows)
+
+
+def open_sinks(args: TrainArgs, step: int) -> list[Sink]:
+    "The places that a run's records go to."
+    out: list[Sink] = [JsonLines(args.run_dir, step)]
+    if args.tensorboard: out.append(TensorBoard(args.run_dir))
+    if args.wandb.project: out.append(Wandb(args.run_dir, args.wandb.project, to_dict(args), args.wandb.run_name, args.wandb.offline))
+    if args.mlflow.tracking_uri: out.append(MLFlow(args.mlflow.tracking_uri, args.mlflow.experiment_name, to_dict(args), Path(args.run_dir).name))
+    return out
+
 # %% ../../nbs/train/36_loop.ipynb #trainer
 class Trainer:
     "A run: `Trainer(args)`, then `fit()`, or `for step in trainer.steps()`."
@@ -192,9 +255,7 @@ class Trainer:
         self.model_args = load_model_args(args.model_id_or_path)
         self.tokenizer = load_tokenizer(args.model_id_or_path)
         check_vocab(self.tokenizer, self.model_args.vocab_size)
-        chunk = args.data.instruct.dynamic_chunk_fn_call
-        self.data = [check_source(tokenize_source(s, self.tokenizer, chunk), self.ranks.world_size) for s in sources(args.data.data, args.data.instruct_data)]
-        self.eval_data = [check_source(tokenize_source(s, self.tokenizer)) for s in sources("", args.data.eval_instruct_data)]
+        self.data, self.eval_data = read_data(args, self.tokenizer, self.ranks.world_size)
         self.counts, self.step, self.history = PackCounts(), 0, History()
         self.batches = self._batches()
         torch.manual_seed(args.seed + self.ranks.rank)
@@ -267,14 +328,9 @@ class Trainer:
     def evaluate(self) -> EvalLog:
         "Mean loss over every trained token of eval_instruct_data"
         if not self.eval_data: raise ConfigError("data.eval_instruct_data", "is missing", "there is nothing to evaluate on")
-        began, total = time.perf_counter(), [0.0, 0.0]
-        self.model.eval()
-        with torch.no_grad():
-            for batch in eval_batches(self.eval_data, self.args.seq_len, self.args.batch_size, "best_fit", self.ranks.rank, self.ranks.world_size):
-                total = [total[0] + float(batch_loss(self.model, batch)), total[1] + batch.trained]
-        self.model.train()
-        loss_total, tokens = dist.all_sum(total, self.device)
-        return EvalLog(self.step, loss_total / tokens, perplexity(loss_total / tokens), int(tokens), time.perf_counter() - began)
+        began, a, r = time.perf_counter(), self.args, self.ranks
+        loss, tokens = mean_loss(self.model, eval_batches(self.eval_data, a.seq_len, a.batch_size, "best_fit", r.rank, r.world_size))
+        return EvalLog(self.step, loss, perplexity(loss), tokens, time.perf_counter() - began)
 
     def save(self) -> Path:
         "Write a checkpoint of this moment; returns its folder"
@@ -293,44 +349,9 @@ class Trainer:
         follow(self.steps(), self.step, self.args.max_steps, self.args.log_freq, quiet=not self.ranks.main)
         return self.history
 
-    def summary(self) -> Table:
-        "What is about to be trained, on what"
-        a, world = self.args, self.ranks.world_size
-        learn, all_params = sum(p.numel() for p in trained(self.model).values()), n_params(self.model_args)
-        rows = [
-            ("model", a.model_id_or_path), ("parameters", f"{all_params:,}"), ("trained", f"{learn:,} ({learn / all_params:.2%})"),
-            ("weights", f"{str(self.model.norm.weight.dtype).removeprefix('torch.')} on {self.device}, {world} process{'es' * (world > 1)}"),
-            ("tokenizer", f"{self.tokenizer.version}, {self.tokenizer.vocab_size:,} tokens"),
-            ("tokens in a step", f"{a.seq_len * a.batch_size * a.num_microbatches * world:,}"), ("steps", f"{a.max_steps:,}" + (f", going on after {self.step}" if self.step else "")),
-        ]
-        rows += [(f"data {d.source.path}", f"{d.lines:,} rows, {sum(map(len, d.samples)):,} tokens, {d.trained:,} trained") for d in self.data + self.eval_data]
-        return Table(["run", str(a.run_dir)], rows)
+    def __repr__(self) -> str: return str(summary(self))
 
-    def __repr__(self) -> str: return str(self.summary())
-
-    def _repr_html_(self) -> str: return self.summary()._repr_html_()
-
-# %% ../../nbs/train/36_loop.ipynb #build
-def build_model(args: TrainArgs, device: str) -> Transformer:
-    "The model of a run, with its adapter or all weights trainable."
-    dtype = choose_dtype(args.dtype, device, args.lora.enable, file_dtype(args.model_id_or_path))
-    if not args.lora.enable and dtype == torch.float16: raise ConfigError("dtype", "float16 cannot train all weights", "use float32 or bfloat16, or lora.enable: true")
-    model = load_model(args.model_id_or_path, dtype, device)
-    if args.lora.enable:
-        attach(model, args.lora.rank, args.lora.scaling, args.lora.dropout)
-        init_lora(model, args.seed)
-    else: model.requires_grad_(True)
-    model.recompute = len(model.layers) if args.checkpoint else 0
-    return model.train()
-
-
-def open_sinks(args: TrainArgs, step: int) -> list[Sink]:
-    "The places that a run's records go to."
-    out: list[Sink] = [JsonLines(args.run_dir, step)]
-    if args.tensorboard: out.append(TensorBoard(args.run_dir))
-    if args.wandb.project: out.append(Wandb(args.run_dir, args.wandb.project, to_dict(args), args.wandb.run_name, args.wandb.offline))
-    if args.mlflow.tracking_uri: out.append(MLFlow(args.mlflow.tracking_uri, args.mlflow.experiment_name, to_dict(args), Path(args.run_dir).name))
-    return out
+    def _repr_html_(self) -> str: return summary(self)._repr_html_()
 
 # %% ../../nbs/train/36_loop.ipynb #follow
 def in_notebook() -> bool:
