@@ -18,6 +18,7 @@ import numpy as np
 from ..core.config import jsonl_files
 from ..core.config import parse_sources
 from ..core.html import Table
+from ..core.html import short_path
 from .pack import PACKERS
 from .pack import PackCounts
 from .pack import Row
@@ -109,7 +110,7 @@ def check_source(data: Tokenized, world_size: int = 1) -> Tokenized:
 def describe(data: list[Tokenized]) -> Table:
     "Rows, samples and tokens of each source."
     total = sum(d.source.weight for d in data)
-    row = lambda d, s: (str(d.source.path), d.source.kind, f"{d.source.weight / total:.0%}", d.lines, len(s), sum(map(len, s)), d.trained, max(map(len, s), default=0))
+    row = lambda d, s: (short_path(d.source.path), d.source.kind, f"{d.source.weight / total:.0%}", d.lines, len(s), sum(map(len, s)), d.trained, max(map(len, s), default=0))
     return Table(["source", "kind", "share", "rows", "samples", "tokens", "trained", "longest"], [row(d, d.samples) for d in data])
 
 # %% ../../nbs/data/15_batches.ipynb #epochs

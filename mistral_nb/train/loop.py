@@ -28,6 +28,7 @@ from ..core.config import save_args
 from ..core.config import to_dict
 from ..core.html import Picture
 from ..core.html import Table
+from ..core.html import short_path
 from ..data.batches import Batch
 from ..data.batches import Tokenized
 from ..data.batches import check_source
@@ -159,7 +160,7 @@ class History:
         some = [r for i, r in enumerate(self.records, 1) if i % every == 0 or i == len(self.records) or r.eval]
         return Table(["step", "loss", "eval loss", "lr", "tokens/s"], [[r.step, r.loss, r.eval.loss if r.eval else "", f"{r.lr:.1e}", round(r.tokens_per_second)] for r in some])
 
-    def __str__(self) -> str: return f"{self.table()}\ncheckpoint: {self.checkpoint}"
+    def __str__(self) -> str: return f"{self.table()}\ncheckpoint: {short_path(self.checkpoint, 3) if self.checkpoint else None}"
 
     __repr__ = __str__
 
@@ -202,7 +203,7 @@ def mean_loss(model: Transformer, batches: Iterator[Batch]) -> tuple[float, int]
     "`(mean loss, trained tokens)` over all batches of all ranks, without dropout."
     total, tokens = 0.0, 0
     model.eval()
-    for batch in batches: total, tokens = total + float(batch_loss(model, batch)), tokens + batch.trained
+    for batch in batches: total, tokens = total + batch_loss(model, batch).item(), tokens + batch.trained
     model.train()
     total, count = dist.all_sum([total, float(tokens)], model.norm.weight.device)
     return total / count, int(count)
@@ -213,7 +214,7 @@ def summary(trainer: "Trainer") -> Table:
     args, world, model = trainer.args, trainer.ranks.world_size, trainer.model
     learn, every = sum(p.numel() for p in trained(model).values()), n_params(trainer.model_args)
     rows = [
-        ("model", args.model_id_or_path),
+        ("model", short_path(args.model_id_or_path)),
         ("parameters", f"{every:,}"),
         ("trained", f"{learn:,} ({learn / every:.2%})"),
         ("weights", f"{str(model.norm.weight.dtype).removeprefix('torch.')} on {trainer.device}, {world} process{'es' * (world > 1)}"),
@@ -224,7 +225,7 @@ def summary(trainer: "Trainer") -> Table:
     for d in trainer.data + trainer.eval_data:
         long = sum(len(s) - 1 > args.seq_len for s in d.samples)
         cut = f", {long:,} longer than seq_len will be cut" if long else ""
-        rows.append((f"data {d.source.path}", f"{d.lines:,} rows, {sum(map(len, d.samples)):,} tokens, {d.trained:,} trained{cut}"))
+        rows.append((f"data {short_path(d.source.path)}", f"{d.lines:,} rows, {sum(map(len, d.samples)):,} tokens, {d.trained:,} trained{cut}"))
     return Table(["run", str(args.run_dir)], rows)
 
 
