@@ -17,8 +17,11 @@ import numpy as np
 
 RANK, SCALING, LR, DECAY, MAX_NORM = 16, 2.0, 1e-4, 0.1, 1.0
 WANTED_SPEED, WANTED_MEMORY, MEMORY_STEPS = 1.3, 0.7, 3
-FULL = dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, head_dim=64, intermediate_size=1792, vocab_size=32768)
-TINY = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=128, vocab_size=1024)
+SHAPE = dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, head_dim=64, intermediate_size=1792,
+             vocab_size=32768, model_type="mistral", rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None, tie_word_embeddings=False)
+TINY = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=16, intermediate_size=128, vocab_size=1024)
+ENV = dict(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore",
+           HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
 HF_LAYERS = dict(wq="self_attn.q_proj", wk="self_attn.k_proj", wv="self_attn.v_proj", wo="self_attn.o_proj",
                  w1="mlp.gate_proj", w2="mlp.down_proj", w3="mlp.up_proj")
 Step = Callable[[], float]
@@ -26,7 +29,7 @@ Step = Callable[[], float]
 
 def config(tiny: bool) -> dict:
     "The shape of the model, as in a Hugging Face config."
-    return dict(TINY if tiny else FULL, model_type="mistral", rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None, tie_word_embeddings=False)
+    return SHAPE | (TINY if tiny else {})
 
 
 def make_batch(docs: int, vocab: int, seed: int = 0):
@@ -173,9 +176,10 @@ def timings(variants: list[str], folder: Path, batch, steps: int) -> tuple[dict,
 
 def child(part: str, folder: Path, options: argparse.Namespace) -> dict:
     "What a process of its own prints for a part of the work."
-    command = [sys.executable, __file__, "--part", part, "--folder", str(folder), "--docs", str(options.docs), "--steps", str(options.steps)] + ["--tiny"] * options.tiny
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
-    return json.loads(subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    passed = ["--docs", str(options.docs), "--steps", str(options.steps)] + ["--tiny"] * options.tiny
+    command = [sys.executable, __file__, "--part", part, "--folder", str(folder), *passed]
+    done = subprocess.run(command, env=os.environ | ENV, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def run_part(options: argparse.Namespace, peers: bool) -> dict:
@@ -194,14 +198,14 @@ def report(variants: list[str], batch, used: dict, timed: dict) -> tuple[float, 
     real = len(batch.x)
     cost = {v: median(timed["seconds"][v]) for v in variants}
     first = {v: timed["losses"][v][0] for v in variants}
-    ratio = lambda values, to, v: f"{values[to] / values[v]:.2f}" if to in values else "-"
     extra = {v: used[v]["extra"] for v in variants}
+    times = lambda to, v: round(cost[to] / cost[v], 2) if to in cost else "-"
     rows = []
     for v in variants:
-        share = f"{extra[v] / extra['HF, packed']:.2f}" if "HF, packed" in extra else "-"
-        rows.append([v, f"{real}", f"{cost[v]:.2f}", f"{real / cost[v]:.0f}", ratio(cost, "HF, padded", v), ratio(cost, "HF, packed", v),
-                     f"{extra[v]:.0f}", share, f"{used[v]['peak']:.0f}", f"{first[v]:.6f}"])
-    head = ["variant", "tokens", "CPU s/step", "tokens/CPU s", "x HF padded", "x HF packed", "extra MiB", "of HF packed", "peak MiB", "first loss"]
+        share = round(extra[v] / extra["HF, packed"], 2) if "HF, packed" in extra else "-"
+        rows.append([v, real, round(cost[v], 2), int(real / cost[v]), times("HF, padded", v), times("HF, packed", v),
+                     int(extra[v]), share, int(used[v]["peak"]), f"{first[v]:.6f}"])
+    head = "variant,tokens,CPU s/step,tokens/CPU s,x HF padded,x HF packed,extra MiB,of HF packed,peak MiB,first loss".split(",")
     print(Table(head, rows))
     if len(variants) == 1: return 0.0, 0.0
     apart = max(abs(a - b) for v in variants for a, b in zip(timed["losses"][v], timed["losses"][variants[0]]))

@@ -84,7 +84,9 @@ class Tokenizer:
         "One token as text, control tokens as their name."
         return self.base.id_to_piece(int(id))
 
-    def is_special(self, id: int) -> bool: return self.base.is_special(int(id))
+    def is_special(self, id: int) -> bool:
+        "Whether a token is a control token."
+        return self.base.is_special(int(id))
 
     def __repr__(self) -> str: return f"Tokenizer({self.file or 'bundled'}, {self.version}, {self.vocab_size:,} tokens)"
 

@@ -111,7 +111,9 @@ class Reply:
         return "\n".join(filter(None, [self.text, *calls])) + ("" if self.ended else " …")
 
 
-def call_id(rng: random.Random) -> str: return "".join(rng.choices(string.ascii_letters + string.digits, k=9))
+def call_id(rng: random.Random) -> str:
+    "An id for a tool call: nine letters and digits."
+    return "".join(rng.choices(string.ascii_letters + string.digits, k=9))
 
 
 def parse_reply(ids: list[int], tokenizer: Tokenizer, ended: bool = True) -> Reply:
