@@ -112,6 +112,10 @@ class TrainArgs:
     tensorboard: bool = False  # also write TensorBoard events
     resume: bool = False  # go on from the newest checkpoint in run_dir
 
+    def __str__(self) -> str: return str(show_args(self))
+
+    def _repr_html_(self) -> str: return show_args(self)._repr_html_()
+
 # %% ../../nbs/core/01_config.ipynb #convert
 def _convert(value: Any, want: Any, name: str) -> Any:
     "`value` as type `want`, or a `ConfigError` for the field `name`."
