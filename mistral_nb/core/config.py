@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RENAMED', 'POSITIVE', 'CHOICES', 'ConfigError', 'InstructArgs', 'DataArgs', 'LoraArgs', 'OptimArgs', 'WandbArgs',
            'MLFlowArgs', 'TrainArgs', 'build', 'SourcePath', 'parse_sources', 'check', 'check_paths', 'jsonl_files',
-           'read_yaml', 'load_args', 'to_dict', 'changes', 'show_args', 'save_args']
+           'read_yaml', 'parse_yaml', 'load_args', 'to_dict', 'changes', 'show_args', 'save_args']
 
 # %% ../../nbs/core/01_config.ipynb #imports
 import difflib
@@ -195,6 +195,9 @@ def check(args: TrainArgs) -> TrainArgs:
         if getattr(args, name) not in allowed: raise ConfigError(name, f"there is no {getattr(args, name)!r}", "one of " + ", ".join(allowed))
     for name in ("eval_freq", "ckpt_freq", "seed"):
         if getattr(args, name) < 0: raise ConfigError(name, f"{getattr(args, name)} is negative")
+    if args.seed >= 2**32: raise ConfigError("seed", f"{args.seed} is too large", "at most 4294967295")
+    if "@" in (args.mlflow.tracking_uri or "").partition("://")[2].partition("/")[0]:
+        raise ConfigError("mlflow.tracking_uri", "holds a password or user", "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment")
     if args.lora.enable and args.lora.rank < 1: raise ConfigError("lora.rank", f"{args.lora.rank} is not positive")
     if args.lora.enable and args.lora.scaling <= 0: raise ConfigError("lora.scaling", f"{args.lora.scaling} is not positive")
     if not 0 <= args.lora.dropout < 1: raise ConfigError("lora.dropout", f"{args.lora.dropout} is not in [0, 1)")
@@ -238,12 +241,19 @@ def read_yaml(path: str | Path) -> dict:
     "The mapping in a YAML file; `ConfigError` with file, line and column if it cannot be read."
     try: text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as e: raise ConfigError(str(path), f"cannot be read: {e.strerror}") from None
-    try: values = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as e:
-        at = f"line {e.problem_mark.line + 1}, column {e.problem_mark.column + 1}: " if e.problem_mark else ""
-        raise ConfigError(str(path), f"is not YAML: {at}{e.problem}") from None
+    except UnicodeDecodeError: raise ConfigError(str(path), "is not UTF-8") from None
+    values = parse_yaml(text, str(path))
     if not isinstance(values, dict): raise ConfigError(str(path), "has no `key: value` lines")
     return values
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    "What YAML text means; `ConfigError` with line and column if it is none."
+    try: return yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(name, f"is not YAML: {at}{getattr(e, 'problem', None) or e}") from None
 
 
 def _merge(base: dict, extra: dict) -> dict:
@@ -255,7 +265,7 @@ def _override(text: str) -> dict:
     "`a.b=c` as a nested dict"
     key, eq, value = text.partition("=")
     if not eq: raise ConfigError(text, "is not an override", "write key=value, for example optim.lr=1e-4")
-    out: Any = yaml.safe_load(value) if value else ""
+    out: Any = parse_yaml(value, text) if value else ""
     for part in reversed(key.strip().split(".")): out = {part: out}
     return out
 

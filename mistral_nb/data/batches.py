@@ -85,7 +85,7 @@ class Tokenized:
     def samples(self) -> list[TokenSample]: return [s for f in self.files for line in f for s in line]
 
     @property
-    def trained(self) -> int: return sum(int(s.mask.sum()) for s in self.samples)
+    def trained(self) -> int: return sum(int(s.mask[1:].sum()) for s in self.samples)  # the first token is never a target
 
 
 def tokenize_source(source: Source, tokenizer: Tokenizer, chunk: bool = False) -> Tokenized:

@@ -122,7 +122,6 @@ def best_fit_rows(
     counts: PackCounts | None = None,
     seed: int = 0,
     window: int = 64,  # in rows
-    max_open: int = 64,  # rows that wait for a better fill
 ) -> Iterator[Row]:
     "Rows in which every sample up to `seq_len` positions is whole; deterministic for a seed."
     counts, rng = counts or PackCounts(), np.random.RandomState(seed)
@@ -130,13 +129,14 @@ def best_fit_rows(
     free: list[tuple[int, int]] = []  # (free positions, row), sorted
     born = 0
     for group in windows((p for s in samples for p in pieces(s, seq_len, counts)), window * seq_len):
+        old = born  # rows below are from earlier windows
         for b in sorted(group, key=lambda b: -len(b[0])):
             i = bisect_left(free, (len(b[0]), -1))
             room, row = free.pop(i) if i < len(free) else (seq_len, born)
             born += row == born
             rows.setdefault(row, []).append(b)
             insort(free, (room - len(b[0]), row))
-        leaving = [row for k, (room, row) in enumerate(free) if room <= seq_len // 64 or k < len(free) - max_open]
+        leaving = [row for room, row in free if room <= seq_len // 64 or row < old]
         free = [f for f in free if f[1] not in set(leaving)]
         for k in rng.permutation(len(leaving)): yield make_row(rows.pop(leaving[k]), seq_len, counts)
     if finite:

@@ -125,7 +125,7 @@ def show(
     "Tokens of `thing` with what is trained on."
     if isinstance(thing, dict): thing = parse_row(thing, kind, version=tokenizer.version)
     if isinstance(thing, (ChatSample, TextSample)): thing = encode(thing, tokenizer)
-    if isinstance(thing, TokenSample): v = view(thing.tokens, thing.mask, [len(thing)], set(), tokenizer, limit)
+    if isinstance(thing, TokenSample): v = view(thing.tokens, np.concatenate([[False], thing.mask[1:]]), [len(thing)], set(), tokenizer, limit)  # the first token is never a target
     elif isinstance(thing, (Row, Batch)):
         ends = np.cumsum(thing.seqlens)
         spans = [(e - n, e) for n, e in zip(thing.seqlens, ends)]

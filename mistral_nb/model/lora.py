@@ -105,7 +105,9 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], file_scaling:
 
 def lora_rank(state: dict[str, Tensor]) -> int:
     "The rank of an adapter file."
-    return next(t.shape[0] for n, t in state.items() if n.endswith("lora_A.weight"))
+    ranks = {t.shape[0] for n, t in state.items() if n.endswith("lora_A.weight")}
+    if len(ranks) != 1: raise ValueError(f"not an adapter of one rank: the file has {len(state)} tensors and the ranks {sorted(ranks)}")
+    return ranks.pop()
 
 
 @torch.no_grad()

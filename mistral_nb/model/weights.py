@@ -9,11 +9,13 @@ __all__ = ['LAYOUTS', 'HF_KEYS', 'weight_files', 'read_tensors', 'unpermute', 'f
 # %% ../../nbs/model/25_weights.ipynb #imports
 import json
 import os
+import pickle
 import re
 from pathlib import Path
 from typing import Iterator
 
 import torch
+from safetensors import SafetensorError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,8 +43,7 @@ def read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
     seen: set[str] = set()
     for file in files:
         if file.suffix == ".pth":
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            items = iter(tensors.items())
+            items = iter(_pickled(file).items())
         else: items = _safetensors(file)
         for name, tensor in items:
             if name in seen: raise ModelError(f"{file} repeats {name}: files split for tensor parallelism must be consolidated first")
@@ -51,8 +52,15 @@ def read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(file, "pt") as f:
-        for name in f.keys(): yield name, f.get_tensor(name)
+    try:
+        with safe_open(file, "pt") as f:
+            for name in f.keys(): yield name, f.get_tensor(name)
+    except SafetensorError as e: raise ModelError(f"{file} cannot be read ({e}): is its download complete?") from None
+
+
+def _pickled(file: Path) -> dict[str, Tensor]:
+    try: return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as e: raise ModelError(f"{file} cannot be read as plain tensors: {str(e).splitlines()[0]}") from None
 
 # %% ../../nbs/model/25_weights.ipynb #hf
 HF_KEYS = [

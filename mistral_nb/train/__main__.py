@@ -20,7 +20,7 @@ from .loop import Trainer
 from .stop import Interrupted
 
 # %% ../../nbs/train/37_main.ipynb #run
-SPOKEN = (ConfigError, DataError, SampleError, TokenizerError, ModelError, CheckpointError, FloatingPointError)
+SPOKEN = (OSError, ImportError, ConfigError, DataError, SampleError, TokenizerError, ModelError, CheckpointError, FloatingPointError)
 
 
 def run(config: str, overrides: list[str]) -> int:
@@ -34,6 +34,9 @@ def run(config: str, overrides: list[str]) -> int:
     except Interrupted as stop:
         print(stop, file=sys.stderr, flush=True)
         return 143 if stop.why == "SIGTERM" else 130
+    except KeyboardInterrupt:
+        print("Stopped at once; resume=true goes on from the last checkpoint, if there is one.", file=sys.stderr, flush=True)
+        return 130
     except SPOKEN as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

@@ -51,6 +51,8 @@ from . import dist
 from .checkpoint import checkpoint_dir
 from .checkpoint import checkpoints
 from .checkpoint import load_checkpoint
+from .checkpoint import read_facts
+from .checkpoint import rng_state
 from .checkpoint import save_checkpoint
 from .checkpoint import trained
 from .loss import loss_sum
@@ -62,6 +64,7 @@ from .metrics import Sink
 from .metrics import StepLog
 from .metrics import TensorBoard
 from .metrics import Wandb
+from .metrics import check_wandb
 from .metrics import peak_memory_gib
 from .optim import adamw
 from .optim import beta1_at
@@ -138,9 +141,11 @@ def find_start(args: TrainArgs) -> Path | None:
     return found[-1] if args.resume and found else None
 
 
-def check_same(args: TrainArgs, folder: Path) -> None:
+def check_same(args: TrainArgs, folder: Path, world_size: int) -> None:
     "`ConfigError` that names what differs between `args` and the run that wrote the checkpoint."
-    old, new = json.loads((folder / "training/state.json").read_text())["args"], to_dict(args)
+    facts, new = read_facts(folder), to_dict(args)
+    old = facts["args"]
+    if facts["world_size"] != world_size: raise ConfigError("world_size", f"{world_size} processes run, and {facts['world_size']} ran before", "start as many again")
     for key in new.keys() - MAY_CHANGE:
         if old.get(key) != new[key]: raise ConfigError(key, f"is {new[key]!r}, and {old.get(key)!r} in the run to resume", "set it back, or choose another run_dir")
 
@@ -230,7 +235,9 @@ def summary(trainer: "Trainer") -> Table:
 
 
 def open_sinks(args: TrainArgs, step: int) -> list[Sink]:
-    "The places that a run's records go to."
+    "The run's folder with its args.yaml, and the places that records go to."
+    Path(args.run_dir).mkdir(parents=True, exist_ok=True)
+    save_args(args, Path(args.run_dir) / "args.yaml")
     out: list[Sink] = [JsonLines(args.run_dir, step)]
     if args.tensorboard: out.append(TensorBoard(args.run_dir))
     if args.wandb.project: out.append(Wandb(args.run_dir, args.wandb.project, to_dict(args), args.wandb.run_name, args.wandb.offline))
@@ -252,8 +259,9 @@ class Trainer:
         self.ranks = dist.start(self.device)
         if args.world_size not in (None, self.ranks.world_size): raise ConfigError("world_size", f"{args.world_size} is set and {self.ranks.world_size} processes run", "leave it out, or start torchrun with as many")
         begin = find_start(args)
-        if begin: check_same(args, begin)
-        self.model_args = load_model_args(args.model_id_or_path)
+        if begin: check_same(args, begin, self.ranks.world_size)
+        if args.wandb.project: check_wandb(args.wandb.offline)
+        self.model_args, self.file_dtype = load_model_args(args.model_id_or_path), file_dtype(args.model_id_or_path)
         self.tokenizer = load_tokenizer(args.model_id_or_path)
         check_vocab(self.tokenizer, self.model_args.vocab_size)
         self.data, self.eval_data = read_data(args, self.tokenizer, self.ranks.world_size)
@@ -263,11 +271,8 @@ class Trainer:
         self.model = build_model(args, self.device)
         self.optimizer = adamw(trained(self.model).values(), args.optim.lr, args.optim.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device) if self.model.norm.weight.dtype == torch.float16 else None
-        dist.barrier()  # every rank has looked at run_dir before one writes to it
-        if self.ranks.main:
-            Path(args.run_dir).mkdir(parents=True, exist_ok=True)
-            save_args(args, Path(args.run_dir) / "args.yaml")
         if begin: self._go_on(begin)
+        dist.barrier()  # every rank has looked at run_dir before one writes to it
 
     def _batches(self) -> Iterator[Batch]:
         a = self.args
@@ -275,7 +280,9 @@ class Trainer:
 
     def _go_on(self, folder: Path) -> None:
         "Weights, optimizer and data position of a checkpoint"
-        self.step = load_checkpoint(folder, self.model, self.optimizer)["step"]
+        facts = load_checkpoint(folder, self.model, self.optimizer, self.ranks.rank)
+        self.step = facts["step"]
+        if self.scaler: self.scaler.load_state_dict(facts["scaler"])
         self.history.checkpoint = folder
         for _ in islice(self.batches, self.step * self.args.num_microbatches): pass
 
@@ -336,10 +343,12 @@ class Trainer:
     def save(self) -> Path:
         "Write a checkpoint of this moment; returns its folder"
         a = self.args
+        rngs = dist.all_objects(rng_state())
+        facts = {"args": to_dict(a), "world_size": self.ranks.world_size, "scaler": self.scaler and self.scaler.state_dict()}
         if self.ranks.main:
             save_checkpoint(
-                a.run_dir, self.step, self.model, self.optimizer, {"args": to_dict(a), "world_size": self.ranks.world_size}, a.num_ckpt_keep,
-                args=self.model_args, dtype=self.model.norm.weight.dtype, lora=asdict(a.lora), adapters_only=a.save_adapters, tokenizer_file=self.tokenizer.file,
+                a.run_dir, self.step, self.model, self.optimizer, facts, a.num_ckpt_keep, rngs,
+                args=self.model_args, dtype=self.file_dtype, lora=asdict(a.lora), adapters_only=a.save_adapters, tokenizer_file=self.tokenizer.file,
             )
         dist.barrier()
         self.history.checkpoint = checkpoint_dir(a.run_dir, self.step)

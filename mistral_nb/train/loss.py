@@ -27,10 +27,10 @@ class ChunkedLoss(torch.autograd.Function):
             top, target = z.amax(1, keepdim=True), z.gather(1, t)
             total = z.sub_(top).exp_().sum(1, keepdim=True)  # z is now exp(z - top)
             loss += (total.log() + top - target).sum()
-            if dh is None and dw is None: continue
-            g = z.div_(total).scatter_add_(1, t, z.new_full(t.shape, -1.0))  # softmax(z) - one_hot(t)
-            if dw is not None: dw.addmm_(g.t(), rows.to(total_type))
-            if dh is not None: torch.mm(g.to(h.dtype), w, out=dh[at : at + chunk])
+            z.div_(total).scatter_add_(1, t, z.new_full(t.shape, -1.0))  # and now softmax(z) - one_hot(t)
+            if dw is not None: dw.addmm_(z.t(), rows.to(total_type))
+            if dh is not None: torch.mm(z.to(h.dtype), w, out=dh[at : at + chunk])
+            del z  # before the next chunk is computed, not after
         ctx.save_for_backward(dh, dw)
         ctx.types = h.dtype, w.dtype
         return loss

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EvalLog', 'StepLog', 'clock', 'peak_memory_gib', 'Sink', 'plain', 'JsonLines', 'read_records', 'scalars',
-           'TensorBoard', 'Wandb', 'MLFlow', 'flat']
+           'TensorBoard', 'check_wandb', 'Wandb', 'MLFlow', 'flat']
 
 # %% ../../nbs/train/34_metrics.ipynb #imports
 import json
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Iterator, Protocol
 
 import torch
+
+from ..core.config import ConfigError
 
 # %% ../../nbs/train/34_metrics.ipynb #records
 @dataclass(frozen=True)
@@ -85,9 +87,12 @@ class JsonLines:
         self.files = {}
         for kind, name in ((StepLog, "train"), (EvalLog, "eval")):
             path = Path(run_dir) / f"metrics.{name}.jsonl"
+            if path.exists() and path.stat().st_size and not step: os.replace(path, path.with_suffix(".old.jsonl"))
             kept = [r for r in read_records(path) if r["step"] <= step] if path.exists() else []
-            self.files[kind] = open(path, "w", encoding="utf-8", buffering=1)
-            for r in kept: self.files[kind].write(json.dumps(r) + "\n")
+            part = path.with_suffix(".part")
+            part.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+            os.replace(part, path)
+            self.files[kind] = open(path, "a", encoding="utf-8", buffering=1)
 
     def log(self, record: StepLog | EvalLog) -> None: self.files[type(record)].write(json.dumps(plain(record)) + "\n")
 
@@ -126,13 +131,19 @@ class TensorBoard:
     def close(self) -> None: self.writer.close()
 
 
+def check_wandb(offline: bool) -> Any:
+    "The package wandb; `ConfigError` if it will need a key and finds none."
+    wandb = _need("wandb", "pip install wandb")
+    if not offline and not os.environ.get("WANDB_API_KEY") and not wandb.api.api_key:
+        raise ConfigError("wandb.project", "is set and there is no key", "set the environment variable WANDB_API_KEY, or wandb.offline: true")
+    return wandb
+
+
 class Wandb:
     "Scalars and settings in a Weights & Biases project; `WANDB_API_KEY` is read from the environment by wandb itself."
 
     def __init__(self, run_dir: str | Path, project: str, settings: dict, run_name: str | None = None, offline: bool = False):
-        wandb = _need("wandb", "pip install wandb")
-        if not offline and not os.environ.get("WANDB_API_KEY") and not wandb.api.api_key:
-            raise ValueError("wandb.project is set and there is no key: set the environment variable WANDB_API_KEY, or wandb.offline: true")
+        wandb = check_wandb(offline)
         self.run = wandb.init(project=project, name=run_name or None, dir=str(run_dir), config=settings, mode="offline" if offline else "online")
 
     def log(self, record: StepLog | EvalLog) -> None: self.run.log({k.replace(".", "/", 1): v for k, v in scalars(record).items()}, step=record.step)

@@ -17,8 +17,8 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, step: int, checkpoint: Path | None, why: str = "interrupt"):
         self.step, self.checkpoint, self.why = step, checkpoint, why
-        saved = f"saved {checkpoint}" if checkpoint else "nothing was saved"
-        super().__init__(f"Stopped by {why} after step {step}; {saved}. Go on with resume=True (in YAML or on the command line: resume: true, resume=true).")
+        saved = f"saved {checkpoint}. Go on with resume=True (in YAML or on the command line: resume: true, resume=true)" if checkpoint else "nothing was saved, since no_ckpt is set"
+        super().__init__(f"Stopped by {why} after step {step}; {saved}.")
 
     def _render_traceback_(self) -> list[str]: return [str(self)]
 
