@@ -47,7 +47,7 @@ class PackCounts:
 
     def table(self) -> Table:
         "The counts as a table"
-        return Table(["what", "count"], [(f.name, getattr(self, f.name)) for f in fields(self)] + [("fill", f"{self.fill:.1%}")])
+        return Table(["what", "count"], [(f.name, getattr(self, f.name)) for f in fields(self)] + [("fill", f"{self.fill:.1%}")], title="Positions taken from the data")
 
 # %% ../../nbs/data/14_pack.ipynb #blocks
 Block = tuple[np.ndarray, np.ndarray, np.ndarray]  # x, y, mask of equal length

@@ -29,10 +29,10 @@ def run(config: str, overrides: list[str]) -> int:
         trainer = Trainer(config, *overrides)
         if trainer.ranks.main: print(trainer, flush=True)
         history = trainer.fit()
-        if trainer.ranks.main: print(f"done: {history.checkpoint or 'no checkpoint was written'}", flush=True)
+        if trainer.ranks.main: print(trainer.counts.table(), f"done: {history.checkpoint or 'no checkpoint was written'}", sep="\n", flush=True)
         return 0
     except Interrupted as stop:
-        print(stop, file=sys.stderr, flush=True)
+        if trainer.ranks.main: print(stop, file=sys.stderr, flush=True)
         return 143 if stop.why == "SIGTERM" else 130
     except KeyboardInterrupt:
         print("Stopped at once; resume=true goes on from the last checkpoint, if there is one.", file=sys.stderr, flush=True)

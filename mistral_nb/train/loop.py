@@ -97,20 +97,22 @@ def train_step(
     average: str = "tokens",  # or microbatches
     scaler: torch.amp.GradScaler | None = None,  # for float16
 ) -> tuple[float, float]:
-    "One optimizer step; returns `(loss, gradient norm before clipping)`, both over all ranks."
+    "One optimizer step; returns `(loss, gradient norm before clipping)`, both over all ranks; `FloatingPointError` before anything changes if the loss is not finite."
     optimizer.zero_grad(set_to_none=True)
     device, total = model.norm.weight.device, 0.0
     for batch, divisor in zip(batches, divisors(batches, average, device), strict=True):
         loss = batch_loss(model, batch) / divisor
         (scaler.scale(loss) if scaler else loss).backward()
         total = total + loss.detach()
+    loss = dist.all_sum([float(total)], device)[0]
+    if not math.isfinite(loss): raise FloatingPointError(f"the loss is {loss}: lower optim.lr, or look for broken rows")
     params = trained(model).values()
     dist.sum_grads(params)
     if scaler: scaler.unscale_(optimizer)
     norm = clip(params, max_norm)
     if scaler: scaler.step(optimizer), scaler.update()
     else: optimizer.step()
-    return dist.all_sum([float(total)], device)[0], norm
+    return loss, norm
 
 # %% ../../nbs/train/36_loop.ipynb #choose
 def choose_device(name: str = "auto") -> str:
@@ -293,9 +295,9 @@ class Trainer:
         beta1 = beta1_at(self.step, a.max_steps, a.optim.pct_start) if a.optim.cycle_momentum else 0.9
         lr = lr_at(self.step, a.max_steps, a.optim.lr, a.optim.pct_start)
         set_schedule(self.optimizer, lr, beta1)
-        loss, norm = train_step(self.model, batches, self.optimizer, a.max_norm, a.loss_average, self.scaler)
+        try: loss, norm = train_step(self.model, batches, self.optimizer, a.max_norm, a.loss_average, self.scaler)
+        except FloatingPointError as e: raise FloatingPointError(f"step {self.step + 1}: {e}; the weights are those after step {self.step}, the last checkpoint is {self.history.checkpoint}") from None
         self.step += 1
-        if not math.isfinite(loss): raise FloatingPointError(f"the loss of step {self.step} is {loss}: lower optim.lr, or look for broken rows; the last checkpoint is {self.history.checkpoint}")
         tokens, trained_tokens = dist.all_sum([float(sum(len(b.x) - b.padding for b in batches)), float(sum(b.trained for b in batches))], self.device)
         seconds = time.perf_counter() - began
         recent = [r.seconds for r in self.history.records[-20:]] + [seconds]
