@@ -34,14 +34,14 @@ def config(tiny: bool) -> dict:
 
 def make_batch(docs: int, vocab: int, seed: int = 0):
     "About 150 tokens a document, of unequal lengths, in one packed row; a prompt of 30 to 70 % of each is not trained."
-    from mistral_nb.data import batches, pack, tokens
+    from mistral_nb.data import pack, tokens
     rng = np.random.RandomState(seed)
     raw = rng.lognormal(0, 0.8, docs)
-    blocks = []
+    samples = []
     for n in np.maximum(16, raw / raw.sum() * 150 * docs).astype(int):
         mask = np.arange(n + 1) >= int(n * rng.uniform(0.3, 0.7))
-        blocks.append(pack.block(tokens.TokenSample(rng.randint(3, vocab, n + 1).astype(np.int32), mask)))
-    return batches.make_batch([pack.make_row(blocks, sum(len(b[0]) for b in blocks), pack.PackCounts())])
+        samples.append(tokens.TokenSample(rng.randint(3, vocab, n + 1).astype(np.int32), mask))
+    return pack.pack_samples([samples], sum(len(s) - 1 for s in samples))
 
 
 def make_folder(folder: Path, tiny: bool, peers: bool) -> None:

@@ -1,4 +1,6 @@
 "The package behind the plain interface of the parity cases: numbers in, numbers out."
+import itertools
+import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Iterator
@@ -12,6 +14,7 @@ from mistral_nb.data.batches import eval_batches
 from mistral_nb.data.batches import sources
 from mistral_nb.data.batches import tokenize_source
 from mistral_nb.data.batches import train_batches
+from mistral_nb.data.convert import reformat
 from mistral_nb.data.schema import SampleError
 from mistral_nb.data.schema import parse_chat
 from mistral_nb.data.schema import parse_line
@@ -73,6 +76,17 @@ def verdict(line: str, version: str, kind="instruct") -> tuple[bool, str]:
     try: encode_sample(parse_line(line, kind, version="v3"), tokenizer(version))
     except SampleError as e: return False, str(e)
     return True, ""
+
+
+def convert(path: str, kind: str) -> tuple[list[dict], list[int]]:
+    "Rows that mistral-finetune's script writes, and the 0-based lines that it skips or breaks at"
+    kept, refused, count = [], [], itertools.count(1)
+    for n, line in enumerate(Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")):
+        try: row = reformat(json.loads(line), kind, lambda: f"ID{next(count):07d}")
+        except ValueError: row = None
+        if row is None: refused.append(n)
+        else: kept.append(row)
+    return kept, refused
 
 
 def model_with(folder, lora_file, rank, scaling, dtype=None) -> Transformer:

@@ -5,8 +5,7 @@ transformers = pytest.importorskip("transformers")
 import numpy as np
 import torch
 
-from mistral_nb.data.batches import make_batch
-from mistral_nb.data.pack import PackCounts, block, make_row
+from mistral_nb.data.pack import pack_samples
 from mistral_nb.data.tokens import TokenSample
 from mistral_nb.infer.generate import generate
 from mistral_nb.model.lora import adapters, attach, load_adapter_state, merged_state
@@ -144,7 +143,7 @@ def test_lora_gradients(case, tmp_path):
     "The mean loss over the trained tokens of a packed, padded row and every gradient of the adapter are those of peft on padded documents."
     theirs, mine = with_adapter(case, tmp_path)
     docs = [TokenSample(np.array(ids(n, n), dtype=np.int32), np.random.RandomState(n).rand(n) < 0.6) for n in (31, 12, 20)]
-    batch = make_batch([make_row([block(d) for d in docs], 64, PackCounts())])
+    batch = pack_samples([docs], 64)
     assert batch.padding == 4 and 0 < batch.trained < 60 and any(d.mask[0] for d in docs)
     loss = batch_loss(mine, batch) / batch.trained
     loss.backward()

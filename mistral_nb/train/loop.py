@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'batch_loss', 'divisors', 'train_step', 'choose_device', 'choose_dtype', 'find_start', 'check_same',
-           'History', 'read_data', 'build_model', 'mean_loss', 'summary', 'open_sinks', 'Trainer', 'in_notebook',
-           'follow']
+           'History', 'cache_folder', 'read_data', 'build_model', 'mean_loss', 'summary', 'open_sinks', 'Trainer',
+           'in_notebook', 'follow']
 
 # %% ../../nbs/train/36_loop.ipynb #imports
 import json
@@ -29,13 +29,16 @@ from ..core.config import to_dict
 from ..core.html import Picture
 from ..core.html import Table
 from ..core.html import short_path
-from ..data.batches import Batch
 from ..data.batches import Tokenized
+from ..data.batches import check_long
 from ..data.batches import check_source
 from ..data.batches import eval_batches
 from ..data.batches import sources
 from ..data.batches import tokenize_source
+from ..data.batches import TrainBatches
 from ..data.batches import train_batches
+from ..data.cache import default_cache
+from ..data.pack import Batch
 from ..data.pack import PackCounts
 from ..data.tokens import Tokenizer
 from ..data.tokens import check_vocab
@@ -147,6 +150,7 @@ def check_same(args: TrainArgs, folder: Path, world_size: int) -> None:
     "`ConfigError` that names what differs between `args` and the run that wrote the checkpoint."
     facts, new = read_facts(folder), to_dict(args)
     old = facts["args"]
+    for settings in (old, new): settings["data"] = {k: v for k, v in settings["data"].items() if k != "cache"}
     if facts["world_size"] != world_size: raise ConfigError("world_size", f"{world_size} processes run, and {facts['world_size']} ran before", "start as many again")
     for key in new.keys() - MAY_CHANGE:
         if old.get(key) != new[key]: raise ConfigError(key, f"is {new[key]!r}, and {old.get(key)!r} in the run to resume", "set it back, or choose another run_dir")
@@ -185,11 +189,18 @@ class History:
         return Picture(figure)
 
 # %% ../../nbs/train/36_loop.ipynb #read-data
-def read_data(args: TrainArgs, tokenizer: Tokenizer, world_size: int = 1) -> tuple[list[Tokenized], list[Tokenized]]:
+def cache_folder(args: TrainArgs) -> Path | None:
+    "Where the tokens of a run's data are kept; None for nowhere."
+    return {"": default_cache(), "none": None}.get(args.data.cache, Path(args.data.cache))
+
+
+def read_data(args: TrainArgs, tokenizer: Tokenizer, world_size: int = 1, progress: bool = False) -> tuple[list[Tokenized], list[Tokenized]]:
     "Training and evaluation sources as tokens; the first bad line or too small source raises."
-    chunk = args.data.instruct.dynamic_chunk_fn_call
-    train = [check_source(tokenize_source(s, tokenizer, chunk), world_size) for s in sources(args.data.data, args.data.instruct_data)]
-    return train, [check_source(tokenize_source(s, tokenizer)) for s in sources("", args.data.eval_instruct_data)]
+    chunk, cache = args.data.instruct.dynamic_chunk_fn_call, cache_folder(args)
+    train = [check_source(tokenize_source(s, tokenizer, chunk, cache, progress=progress), world_size) for s in sources(args.data.data, args.data.instruct_data)]
+    found = [check_source(tokenize_source(s, tokenizer, cache=cache, progress=progress)) for s in sources("", args.data.eval_instruct_data)]
+    for d in train + found: check_long(d, args.seq_len, args.data.long_rows)
+    return train, found
 
 
 def build_model(args: TrainArgs, device: str) -> Transformer:
@@ -230,9 +241,9 @@ def summary(trainer: "Trainer") -> Table:
         ("steps", f"{args.max_steps:,}" + (f", going on after {trainer.step}" if trainer.step else "")),
     ]
     for d in trainer.data + trainer.eval_data:
-        long = sum(len(s) - 1 > args.seq_len for s in d.samples)
-        cut = f", {long:,} longer than seq_len will be cut" if long else ""
-        rows.append((f"data {short_path(d.source.path)}", f"{d.lines:,} rows, {sum(map(len, d.samples)):,} tokens, {d.trained:,} trained{cut}"))
+        long = int((d.samples.length - 1 > args.seq_len).sum())
+        fate = f", {long:,} longer than seq_len: {args.data.long_rows if args.packing == 'best_fit' else 'cut'}" if long else ""
+        rows.append((f"data {short_path(d.source.path)}", f"{d.lines:,} rows, {d.tokens:,} tokens, {d.trained:,} trained{fate}"))
     return Table(["run", str(args.run_dir)], rows)
 
 
@@ -266,7 +277,7 @@ class Trainer:
         self.model_args, self.file_dtype = load_model_args(args.model_id_or_path), file_dtype(args.model_id_or_path)
         self.tokenizer = load_tokenizer(args.model_id_or_path)
         check_vocab(self.tokenizer, self.model_args.vocab_size)
-        self.data, self.eval_data = read_data(args, self.tokenizer, self.ranks.world_size)
+        self.data, self.eval_data = read_data(args, self.tokenizer, self.ranks.world_size, self.ranks.main)
         self.counts, self.step, self.history = PackCounts(), 0, History()
         self.batches = self._batches()
         torch.manual_seed(args.seed + self.ranks.rank)
@@ -276,9 +287,9 @@ class Trainer:
         if begin: self._go_on(begin)
         dist.barrier()  # every rank has looked at run_dir before one writes to it
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> TrainBatches:
         a = self.args
-        return train_batches(self.data, a.seq_len, a.batch_size, a.packing, a.seed, self.ranks.rank, self.ranks.world_size, a.data.instruct.shuffle, a.data.shuffle, self.counts)
+        return train_batches(self.data, a.seq_len, a.batch_size, a.packing, a.seed, self.ranks.rank, self.ranks.world_size, a.data.instruct.shuffle, a.data.shuffle, self.counts, a.data.long_rows)
 
     def _go_on(self, folder: Path) -> None:
         "Weights, optimizer and data position of a checkpoint"
@@ -286,7 +297,7 @@ class Trainer:
         self.step = facts["step"]
         if self.scaler: self.scaler.load_state_dict(facts["scaler"])
         self.history.checkpoint = folder
-        for _ in islice(self.batches, self.step * self.args.num_microbatches): pass
+        self.batches.load_state(facts["data"])
 
     def one_step(self) -> StepLog:
         "Do the next optimizer step, without evaluation or checkpoint"
@@ -346,7 +357,7 @@ class Trainer:
         "Write a checkpoint of this moment; returns its folder"
         a = self.args
         rngs = dist.all_objects(rng_state())
-        facts = {"args": to_dict(a), "world_size": self.ranks.world_size, "scaler": self.scaler and self.scaler.state_dict()}
+        facts = {"args": to_dict(a), "world_size": self.ranks.world_size, "scaler": self.scaler and self.scaler.state_dict(), "data": self.batches.state()}
         if self.ranks.main:
             save_checkpoint(
                 a.run_dir, self.step, self.model, self.optimizer, facts, a.num_ckpt_keep, rngs,
