@@ -216,7 +216,7 @@ def tools_of(value: Any) -> list[dict]:
 
 def from_messages(row: dict, ids: CallIds) -> Draft:
     "OpenAI's messages, also the older `functions` and `function_call`; ultrachat."
-    out = []
+    out = [{"role": "system", "content": row["system_prompt"]}] if isinstance(row.get("system_prompt"), str) else []
     for m in row.get("messages", row.get("interactions")):
         if not isinstance(m, dict): raise Refused(f"a message is {one_line(repr(m), 40)}, not an object")
         role = role_of(m.get("role"))
@@ -439,7 +439,7 @@ def convert_row(row: Any, format: str, seed: int = 0, number: int = 0) -> tuple[
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise e if isinstance(e, Refused) else Refused(f"not a row of {format}: {one_line(e, 60)}") from None
     if isinstance(found, str): return {"text": found}, []
-    out = {"messages": finish(found, ids), **({"tools": found.tools} if found.tools else {})}
+    out = {"messages": finish(found, ids), **({"tools": found.tools} if found.tools else {}), **({"only_last": True} if row.get("only_last") is True else {})}
     try: parse_row(out, version="v13" if any(map(_thinks, out["messages"])) else "v3")
     except SampleError as e: raise Refused(f"{e.where.field}: {e.problem}") from None
     return out, found.notes

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Sample', 'KINDS', 'ROLES', 'RULES', 'Where', 'SampleError', 'TextSample', 'ChatSample', 'either', 'expect',
-           'parse_text', 'parse_tools', 'rules', 'reason', 'parse_calls', 'parse_message', 'parse_chat', 'prefixes',
-           'to_row', 'parse_row', 'parse_line', 'read_lines', 'read_samples']
+           'parse_text', 'parse_tools', 'rules', 'reason', 'parse_calls', 'parse_message', 'parse_chat', 'role_name',
+           'prefixes', 'to_row', 'parse_row', 'parse_line', 'read_lines', 'read_samples']
 
 # %% ../../nbs/data/10_schema.ipynb #imports
 import json
@@ -205,6 +205,11 @@ def parse_chat(row: dict, where: Where = Where(), version: str = "v3") -> ChatSa
     except ValidationError as e: raise SampleError(where.at("only_last"), reason(e)) from None
     except (MistralCommonException, ValueError) as e: raise SampleError(where.at(key), reason(e), code=RULES.get(type(e).__name__, "rules")) from None
     return ChatSample(tuple(messages), system, tools, only_last or tools is not None)
+
+# %% ../../nbs/data/10_schema.ipynb #role-name
+def role_name(message: Any) -> str:
+    "`user`, `assistant`, `system` or `tool`."
+    return next(r for r in ROLES if message.role == r)
 
 # %% ../../nbs/data/10_schema.ipynb #prefixes
 def prefixes(sample: ChatSample) -> list[ChatSample]:

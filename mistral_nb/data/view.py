@@ -229,8 +229,9 @@ def draw_lengths(axes: Any, data: Sequence[Tokenized], seq_len: int) -> None:
 def draw_turns(axes: Any, data: Sequence[Tokenized]) -> None:
     "Questions in a conversation."
     found = [np.minimum(d.samples.n_turns, 12) for d in data if d.source.kind == "instruct"]
-    axes.hist(found, np.arange(0.5, 13.5), stacked=True) if found else axes.text(0.5, 0.5, "no conversations", ha="center")
-    axes.set(xlabel="turns (12 or more as 12)", title="Turns")
+    if found: axes.hist(found, np.arange(0.5, 13.5), stacked=True)
+    else: axes.text(6, 0.5, "no conversations", ha="center")
+    axes.set(xlabel="turns (12 or more as 12)", title="Turns", xticks=range(1, 13))
 
 
 def draw_trained(axes: Any, data: Sequence[Tokenized]) -> None:
@@ -254,14 +255,13 @@ def packings(data: Sequence[Tokenized], seq_len: int, most: int = 20_000) -> dic
 
 def draw_packing(axes: Any, found: dict[str, PackCounts]) -> None:
     "Trained, prompt and empty positions, in rows of one length."
-    names, left = list(found), np.zeros(len(found))
+    names, left = [f"{n}\n{c.rows:,} rows" + (f", {c.cut:,} cut" if c.cut else "") for n, c in found.items()], np.zeros(len(found))
     for what, color in (("trained", "tab:blue"), ("masked", "tab:gray"), ("padding", "whitesmoke")):
         width = np.array([getattr(c, what) / max(1, c.trained + c.masked + c.padding) for c in found.values()])
         axes.barh(names, width, left=left, color=color, edgecolor="gray", label={"masked": "prompt", "padding": "empty"}.get(what, what))
         left += width
-    for k, (name, c) in enumerate(found.items()): axes.text(0.02, k, f"{c.rows:,} rows" + (f", {c.cut:,} cut" if c.cut else ""), va="center", color="white", fontsize="small")
     axes.set(xlim=(0, 1), title="Packing")
-    axes.legend(fontsize="small", loc="lower right")
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
 
 
 def draw_mixing(axes: Any, data: Sequence[Tokenized], samples: int = 2000, seed: int = 0) -> None:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'batch_loss', 'divisors', 'train_step', 'choose_device', 'choose_dtype', 'find_start', 'check_same',
-           'History', 'cache_folder', 'read_data', 'build_model', 'mean_loss', 'summary', 'open_sinks', 'Trainer',
-           'in_notebook', 'follow']
+           'History', 'read_data', 'build_model', 'mean_loss', 'summary', 'open_sinks', 'Trainer', 'in_notebook',
+           'follow']
 
 # %% ../../nbs/train/36_loop.ipynb #imports
 import json
@@ -37,7 +37,7 @@ from ..data.batches import sources
 from ..data.batches import tokenize_source
 from ..data.batches import TrainBatches
 from ..data.batches import train_batches
-from ..data.cache import default_cache
+from ..data.cache import cache_folder
 from ..data.pack import Batch
 from ..data.pack import PackCounts
 from ..data.tokens import Tokenizer
@@ -189,14 +189,9 @@ class History:
         return Picture(figure)
 
 # %% ../../nbs/train/36_loop.ipynb #read-data
-def cache_folder(args: TrainArgs) -> Path | None:
-    "Where the tokens of a run's data are kept; None for nowhere."
-    return {"": default_cache(), "none": None}.get(args.data.cache, Path(args.data.cache))
-
-
 def read_data(args: TrainArgs, tokenizer: Tokenizer, world_size: int = 1, progress: bool = False) -> tuple[list[Tokenized], list[Tokenized]]:
     "Training and evaluation sources as tokens; the first bad line or too small source raises."
-    chunk, cache = args.data.instruct.dynamic_chunk_fn_call, cache_folder(args)
+    chunk, cache = args.data.instruct.dynamic_chunk_fn_call, cache_folder(args.data.cache)
     train = [check_source(tokenize_source(s, tokenizer, chunk, cache, progress=progress), world_size) for s in sources(args.data.data, args.data.instruct_data)]
     found = [check_source(tokenize_source(s, tokenizer, cache=cache, progress=progress)) for s in sources("", args.data.eval_instruct_data)]
     for d in train + found: check_long(d, args.seq_len, args.data.long_rows)
