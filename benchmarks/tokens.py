@@ -1,176 +1,163 @@
-"""Tokens per CPU second of the data path on generated chats: reading, tokenizing and packing."""
+"""The data path on fresh text: reading, checking, tokenizing and packing, beside a plain loop over mistral-common and a packer of Python lists.
+
+Every measurement is a process of its own on the same files, so that its peak memory is its own; the tokenizer is loaded before the clock starts."""
 import argparse
 import json
-import random
+import os
+import resource
+import subprocess
+import sys
+import tempfile
 import time
 from importlib.metadata import version
-from statistics import median
-from typing import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any, Callable
 
-import numpy as np
 from mistral_nb.core.html import Table
-from mistral_nb.data.pack import PACKERS, PackCounts
-from mistral_nb.data.schema import Where, parse_line
-from mistral_nb.data.tokens import TokenSample, Tokenizer, encode, encode_all, load_tokenizer
+from mistral_nb.data.cache import cores
 
-VERSIONS = ("v3", "v3-tekken")
-WORDS = """the of and a to in is it you that was for on are with as his they at be this from have or by one had not but what all were
-when we there can an your which their said if do will each about how up out them then she many some so these would other into
-has more her two like him see time could no make than first been its who now people my made over did down only way find use
-may water long little very after words called just where most know get through back much before go good new write our used me
-man too any day same right look think also around another came come work three word must because does part even place well
-such here take why things help put years different away again off went old number great tell men say small every found still
-between name should home big give air line set own under read last never us left end along while might next sound below saw
-something thought both few those always looked show large often together asked house world going want school important until
-form food keep children feet land side without boy once animals life enough took sometimes four head above kind began almost
-live page got earth need far hand high year mother light parts country father let night following picture being study second
-eyes soon times story boys since white days ever paper hard near sentence better best across during today others however sure
-means knew try told young miles sun ways thing whole hear example heard several change answer room sea against top turned
-learn point city play toward five using himself usually money seen car morning gradient optimizer tokenizer adapter
-checkpoint attention embedding function return parameter configuration asynchronous infrastructure approximately
-notwithstanding electromagnetic photosynthesis bureaucratic misunderstanding entrepreneurship café naïve Zürich jalapeño Łódź
-São señor œuvre größer 東京 日本語 北京 한국어 привет москва γειά δοκιμή שלום مرحبا नमस्ते ∑ √2 → € 🚢 🙂 👩‍🔬""".split()
-NAMES = "tide weather route booking invoice stock search translate convert schedule recipe ticket".split()
+WAYS: dict[str, Callable[..., dict]] = {}
 
 
-def text(rng: random.Random, words: int) -> str:
-    "Sentences of about `words` words, with numbers and paragraphs here and there."
-    out, upper = [], True
-    for _ in range(words):
-        word = str(rng.randrange(10 ** rng.randint(1, 6))) if rng.random() < 0.02 else WORDS[int(len(WORDS) * rng.random() ** 1.5)]
-        out.append(word.capitalize() if upper else word)
-        end = rng.random()
-        upper = end < 0.08
-        out.append(rng.choice(".?!") + ("\n\n" if end < 0.01 else " ") if upper else ", " if end < 0.14 else " ")
-    return "".join(out).strip(" ,\n") + "."
+def way(run: Callable) -> Callable:
+    "A measurement that `measure` starts by its name."
+    WAYS[run.__name__] = run
+    return run
 
 
-def length(rng: random.Random, middle: int) -> int:
-    "A length that is often near `middle` and sometimes far above it."
-    return int(min(20 * middle, max(3, rng.lognormvariate(0, 0.9) * middle)))
+def timed(run: Callable[[], Any]) -> tuple[Any, dict]:
+    "The result of `run`, with its wall and CPU seconds (of helpers too, as far as they have ended)."
+    wall, cpu = time.perf_counter(), time.process_time()
+    out = run()
+    return out, dict(seconds=time.perf_counter() - wall, cpu=time.process_time() - cpu)
 
 
-def chat(rng: random.Random) -> dict:
-    "One to six questions with answers, some after a system prompt."
-    turns = [(role, text(rng, length(rng, n))) for _ in range(rng.randint(1, 6)) for role, n in (("user", 30), ("assistant", 110))]
-    messages = [dict(role=role, content=said) for role, said in turns]
-    return dict(messages=[dict(role="system", content=text(rng, 25))] * (rng.random() < 0.3) + messages)
+@way
+def plain(file: str, tokenizer: str, chunk: bool, **_) -> dict:
+    "One process, mistral-common's validator, then its encoder, row after row."
+    import plain as baseline
+    encoder, validator = baseline.load(tokenizer)
+    (n, tokens), took = timed(lambda: map(sum, zip(*((1, len(ids)) for ids, _ in baseline.samples(file, encoder, validator, chunk)))))
+    return took | dict(samples=n, tokens=tokens)
 
 
-def tool(name: str) -> dict:
-    "A function with three parameters."
-    types = dict(place="string", count="integer", day="string")
-    fields = {f"{name}_{k}": dict(type=t, description=f"The {k} of the {name}") for k, t in types.items()}
-    parameters = dict(type="object", properties=fields, required=list(fields)[:1])
-    return dict(type="function", function=dict(name=name, description=f"Look up the {name} for a place and a day", parameters=parameters))
+@way
+def cold(file: str, tokenizer: str, chunk: bool, cache: str, workers: int) -> dict:
+    "Ours, into an empty cache."
+    from mistral_nb.data.cache import tokenize_file
+    from mistral_nb.data.tokens import load_tokenizer
+    tok = load_tokenizer(tokenizer)
+    found, took = timed(lambda: tokenize_file(file, tok, chunk=chunk, cache=cache, workers=workers))
+    return took | dict(samples=len(found), tokens=int(found.length.sum(dtype="int64")))
 
 
-def tool_chat(rng: random.Random) -> dict:
-    "Two to five rounds of question, call, result and answer, with one to four tools."
-    names, messages = rng.sample(NAMES, rng.randint(1, 4)), []
-    for _ in range(rng.randint(2, 5)):
-        call_id, name = "".join(rng.choices("abcdefghijkXYZ0123456789", k=9)), rng.choice(names)
-        arguments = json.dumps({f"{name}_place": text(rng, 2), f"{name}_count": rng.randrange(1000)}, ensure_ascii=False)
-        messages += [
-            dict(role="user", content=text(rng, length(rng, 15))),
-            dict(role="assistant", tool_calls=[dict(id=call_id, type="function", function=dict(name=name, arguments=arguments))]),
-            dict(role="tool", content=json.dumps({name: text(rng, 6)}, ensure_ascii=False), tool_call_id=call_id),
-            dict(role="assistant", content=text(rng, length(rng, 40))),
-        ]
-    return dict(tools=[tool(n) for n in names], messages=messages)
+@way
+def cached(**options) -> dict:
+    "The same call when the cache is there: open, and take every sample's ids and mask once."
+    from mistral_nb.data.cache import tokenize_file
+    from mistral_nb.data.tokens import load_tokenizer
+    tok = load_tokenizer(options["tokenizer"])
+    found, opened = timed(lambda: tokenize_file(options["file"], tok, chunk=options["chunk"], cache=options["cache"]))
+    total, took = timed(lambda: sum(int(tokens[at : at + n].sum()) + int(why[at : at + n].sum()) for (tokens, why, at), n in zip(found.places(list(range(len(found)))), found.length.tolist())))
+    return took | dict(samples=len(found), tokens=int(found.length.sum(dtype="int64")), opened=opened["seconds"], total=total)
 
 
-def lines(make: Callable, n: int, seed: int) -> list[bytes]:
-    "`n` different rows as lines of JSON."
-    rng = random.Random(seed)
-    return [json.dumps(make(rng), ensure_ascii=False).encode() for _ in range(n)]
+@way
+def packing(file: str, tokenizer: str, chunk: bool, cache: str, seq_len: int, kind: str) -> dict:
+    "Positions of rows per CPU second, over three epochs: `lists`, `plan` (who shares a row) or `batches` (the rows as arrays)."
+    import plain as baseline
+    from mistral_nb.data.batches import Source, Tokenized, train_batches
+    from mistral_nb.data.cache import tokenize_file
+    from mistral_nb.data.tokens import load_tokenizer
+    found = tokenize_file(file, load_tokenizer(tokenizer), chunk=chunk, cache=cache)
+    if kind == "lists":
+        samples = [(s.tokens.tolist(), s.mask.tolist()) for s in map(found.sample, range(min(len(found), 4000)))]
+        rows, took = timed(lambda: sum(1 for _ in baseline.python_list_packer(samples, seq_len)))
+        return took | dict(positions=rows * seq_len, fill=1.0)
+    batches = train_batches([Tokenized(Source(Path(file)), [found])], seq_len)
+    wanted = int(3 * found.length.sum(dtype="int64") / seq_len)
+    rows, took = timed(lambda: sum(1 for _ in (islice(batches, wanted) if kind == "batches" else (batches.plan() for _ in range(wanted)))))
+    return took | dict(positions=rows * seq_len, fill=batches.counts.fill)
 
 
-def read(rows: list[bytes], tokenizer: Tokenizer, make: Callable) -> list[TokenSample]:
-    "Lines to token samples, as training reads them; `make` gives the samples of one conversation."
-    parsed = (parse_line(row, "instruct", Where("chats.jsonl", n), tokenizer.version) for n, row in enumerate(rows, 1))
-    return [s for sample in parsed for s in make(sample, tokenizer)]
+def memory() -> dict[str, float]:
+    "Peak of this process in MiB: of all pages, and now of its own ones, without those of mapped files."
+    own = [line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")] if Path("/proc/self/status").exists() else [["", 0]]
+    return dict(peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, own=int(own[0][1]) / 1024, helpers=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
 
 
-def one(sample, tokenizer: Tokenizer) -> list[TokenSample]:
-    "A conversation as one sample."
-    return [encode(sample, tokenizer)]
+def measure(name: str, **options) -> dict:
+    "Run a way in a process of its own."
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    out = subprocess.run([sys.executable, __file__, "--way", name, json.dumps(options)], capture_output=True, text=True, env=env)
+    if out.returncode: raise RuntimeError(out.stderr)
+    return json.loads(out.stdout.splitlines()[-1])
 
 
-def raw(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
-    "The texts alone through the encoder."
-    return [tokenizer.encode_text(t) for t in texts]
-
-
-def pack(samples: list[TokenSample], packing: str, seq_len: int) -> PackCounts:
-    "All rows of the samples, once."
-    counts = PackCounts()
-    for _ in PACKERS[packing](samples, seq_len, finite=True, counts=counts): pass
-    return counts
-
-
-def ready(lengths: list[int], n: int, seed: int = 0) -> list[TokenSample]:
-    "`n` samples with lengths drawn from `lengths`; the first third of each is not trained."
-    rng = np.random.RandomState(seed)
-    return [TokenSample(rng.randint(3, 32768, k).astype(np.int32), np.arange(k) >= k // 3) for k in rng.choice(lengths, n)]
-
-
-def measure(cases: dict[str, Callable], batches: list) -> tuple[dict, dict]:
-    "CPU seconds and result of each case on each batch, the cases in turn; the first batch is a warm-up and not counted."
-    seconds, given = {name: [] for name in cases}, {name: [] for name in cases}
-    for i, batch in enumerate(batches):
-        for name in list(cases)[:: 1 if i % 2 else -1]:
-            began = time.process_time()
-            result = cases[name](batch)
-            if i: seconds[name].append(time.process_time() - began), given[name].append(result)
-    return seconds, given
-
-
-def tokenizing(n: int, repeat: int) -> tuple[Table, list[int]]:
-    "Rates of reading and tokenizing, every batch of other chats, and the lengths of the samples."
-    chats, calls = ([lines(make, k, seed) for seed in range(repeat + 1)] for make, k in ((chat, n), (tool_chat, max(1, n // 5))))
-    texts = [[m["content"] for row in rows for m in json.loads(row)["messages"]] for rows in chats]
-    cases = {}
-    for v in VERSIONS:
-        tokenizer = load_tokenizer(v)
-        cases[f"{v}, json + schema + tokens"] = lambda i, t=tokenizer: [len(s) for s in read(chats[i], t, one)]
-        cases[f"{v}, encoder alone"] = lambda i, t=tokenizer: [len(ids) for ids in raw(texts[i], t)]
-        cases[f"{v}, function calls, chunks"] = lambda i, t=tokenizer: [len(s) for s in read(calls[i], t, encode_all)]
-    seconds, given = measure(cases, range(repeat + 1))
-    rates = {name: [sum(g) / s for g, s in zip(given[name], seconds[name])] for name in cases}
+def speed(folder: Path, files: dict[str, tuple[Path, int, bool]]) -> Table:
+    "Plain loop, ours cold with 1 to all cores, ours from the cache."
     rows = []
-    for name, rate in rates.items():
-        ceiling, used = rates[f"{name.split(',')[0]}, encoder alone"], calls if "calls" in name else chats
-        share = f"{median(a / b for a, b in zip(rate, ceiling)):.2f}" if name.endswith("tokens") else ""
-        total, size = sum(map(sum, given[name])), sum(len(b) for b in used[1:])
-        rows.append([name, size, sum(map(len, given[name])), total, round(sum(seconds[name]), 2), int(median(rate)), share])
-    lengths = [k for g in given["v3, json + schema + tokens"] for k in g]
-    return Table(["tokenize", "lines", "samples", "tokens", "CPU s", "tokens/CPU s", "of encoder alone"], rows), lengths
+    for what, (file, n, chunk) in files.items():
+        for tokenizer in ("v3", "v3-tekken"):
+            common, cases = dict(file=str(file), tokenizer=tokenizer, chunk=chunk), {"plain loop": measure("plain", file=str(file), tokenizer=tokenizer, chunk=chunk)}
+            for workers in sorted({1, 2, cores(), cores() // 2} - {0}):
+                cases[f"ours, cold, {workers} process{'es' * (workers > 1)}"] = measure("cold", **common, cache=str(folder / f"cache{workers}"), workers=workers)
+            cases["ours, from cache"] = measure("cached", **common, cache=str(folder / "cache1"))
+            base = cases["plain loop"]
+            for name, r in cases.items():
+                assert (r["samples"], r["tokens"]) == (base["samples"], base["tokens"]), (name, r, base)
+                rows.append([f"{what}, {tokenizer}", name, round(r["seconds"], 2), int(n / r["seconds"]), int(r["tokens"] / r["seconds"]), round(base["seconds"] / r["seconds"], 1), round(r["peak"]), f"{1000 * r['opened']:.0f} ms" if "opened" in r else ""])
+    return Table(["file", "way", "seconds", "rows/s", "tokens/s", "x plain", "peak MiB", "to open"], rows)
 
 
-def packing(samples: list[TokenSample], repeat: int) -> Table:
-    "Rates and fill of both packers at two lengths."
-    total = sum(map(len, samples))
-    cases = {f"{p}, {size} positions": lambda _, p=p, size=size: pack(samples, p, size) for size in (4096, 32768) for p in PACKERS}
-    seconds, given = measure(cases, range(repeat + 1))
+def pack(folder: Path, file: Path, n: int, chunk: bool) -> Table:
+    "Packing per CPU second."
     rows = []
-    for name, (c, *_) in given.items():
-        cost = median(seconds[name])
-        rows.append([name, len(samples), total, c.rows, round(cost, 3), int(total / cost), f"{c.fill:.2%}", c.cut, c.dropped])
-    return Table(["pack", "samples", "tokens", "rows", "CPU s", "tokens/CPU s", "fill", "samples cut", "tokens dropped"], rows)
+    for seq_len in (8192, 32768):
+        found = {kind: measure("packing", file=str(file), tokenizer="v3", chunk=chunk, cache=str(folder / "cache1"), seq_len=seq_len, kind=kind) for kind in ("lists", "plan", "batches")}
+        rate = {kind: r["positions"] / r["cpu"] for kind, r in found.items()}
+        names = dict(lists="packer of Python lists, rows as arrays", plan="best_fit, who shares a row", batches="best_fit, rows as arrays")
+        rows += [[seq_len, names[k], int(rate[k]), round(rate[k] / rate["lists"], 1), f"{found[k]['fill']:.2%}"] for k in found]
+    return Table(["seq_len", "way", "positions/CPU s", "x lists", "fill"], rows)
+
+
+def sizes(folder: Path, counts: list[int]) -> Table:
+    "Peak memory against the number of rows, short chats."
+    import corpus
+    rows = []
+    for n in counts:
+        file = folder / f"short{n}.jsonl"
+        corpus.write_lines(file, corpus.short_chat, n, 3)
+        made = measure("cold", file=str(file), tokenizer="v3-tekken", chunk=False, cache=str(folder / "cache"), workers=cores())
+        read = measure("cached", file=str(file), tokenizer="v3-tekken", chunk=False, cache=str(folder / "cache"))
+        rows.append([n, round(file.stat().st_size / 1e6), made["tokens"], round(made["seconds"], 1), round(made["peak"]), round(read["opened"], 2), round(read["own"])])
+        file.unlink()
+    return Table(["rows", "MB of JSON", "tokens", "s cold", "peak MiB cold", "s to open", "own MiB when read"], rows)
 
 
 def main() -> None:
-    "Measure and print two tables."
+    "Measure and print the tables."
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--chats", type=int, default=2000, help="chats of one repetition; every repetition has others")
-    parser.add_argument("--repeat", type=int, default=5, help="repetitions after a warm-up")
+    parser.add_argument("--chats", type=int, default=20_000, help="rows of the file of chats")
+    parser.add_argument("--calls", type=int, default=2_000, help="rows of the file of tool conversations")
+    parser.add_argument("--rows", type=int, nargs="*", default=[100_000, 1_000_000], help="row counts of the memory table")
     parser.add_argument("--tiny", action="store_true", help="a quick smoke run")
+    parser.add_argument("--way", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    n, repeat = (40, 1) if options.tiny else (options.chats, options.repeat)
-    print(f"mistral-common {version('mistral-common')}; {repeat} repetitions, each of {n:,} other chats; rates are their medians\n")
-    table, lengths = tokenizing(n, repeat)
-    print(f"{table}\n\n{packing(ready(lengths, 10 * n), repeat)}")
+    if options.way:
+        name, given = options.way
+        print(json.dumps(WAYS[name](**json.loads(given)) | memory()))
+        return
+    import corpus
+    chats, calls, rows = (200, 40, [500, 2000]) if options.tiny else (options.chats, options.calls, options.rows)
+    print(f"mistral-common {version('mistral-common')}, {cores()} cores, {chats:,} chats, {calls:,} tool conversations with all their beginnings\n")
+    with tempfile.TemporaryDirectory() as d:
+        folder, files = Path(d), {}
+        for what, make, n, chunk in (("chats", corpus.chat, chats, False), ("tools", corpus.tool_chat, calls, True)):
+            files[what] = (folder / f"{what}.jsonl", n, chunk)
+            corpus.write_lines(files[what][0], make, n, 1)
+        print(f"{speed(folder, files)}\n\n{pack(folder, *files['chats'])}\n\n{sizes(folder, rows)}")
 
 
 if __name__ == "__main__": main()

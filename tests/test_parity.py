@@ -1,6 +1,7 @@
 """Parity with mistral-finetune: tokens, masks, packing, verdicts, logits, gradients, training, to the recorded numbers.
 
 The cases in `tests/data/parity` travel with the repository; a larger set is used where it stands beside it."""
+import hashlib
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 import parity
 from mistral_nb.core.config import jsonl_files
 from mistral_nb.data.batches import Tokenized
+from mistral_nb.data.convert import convert
 from mistral_nb.train.optim import beta1_at
 from mistral_nb.train.optim import lr_at
 
@@ -51,6 +53,39 @@ def test_encode(name, version):
     found, _ = recorded(f"encode.{name}.{version}.npz")
     assert len(found) >= 20
     for row, want in zip(rows(name), found): assert parity.encode(row, VERSION[version]) == want
+
+
+def plain_ids(row: dict) -> str:
+    "The JSON of a row with its random call ids numbered in order of appearance"
+    text, seen = json.dumps(row), {}
+    for made in re.findall(r'"(?:id|tool_call_id)": "([a-zA-Z0-9]{9})"', text): seen.setdefault(made, f"ID{len(seen) + 1:07d}")
+    return re.sub(r'("(?:id|tool_call_id)": ")([a-zA-Z0-9]{9})"', lambda m: f'{m[1]}{seen[m[2]]}"', text)
+
+
+@pytest.mark.parametrize("name, kind", [("ultrachat_like", "ultrachat"), ("openai_legacy", "ultrachat"), ("glaive_like", "glaive")])
+def test_convert(name, kind):
+    "The rows that mistral-finetune's scripts keep, to the byte, and the lines that they skip"
+    want = json.loads((EXPECTED / "reformat.json").read_text())[f"{name}.jsonl"]
+    found, refused = parity.convert(str(DATA / f"{name}.jsonl"), kind)
+    assert (refused, len(found)) == (want["skipped_lines_0based"], want["kept"])
+    first = [json.loads(l) for l in lines(EXPECTED / f"reformatted.{name}.first_half.jsonl") if l]
+    assert [plain_ids(r) for r in found[: len(first)]] == [plain_ids(r) for r in first]
+    assert [hashlib.sha256(plain_ids(r).encode()).hexdigest() for r in found[: len(first)]] == want["sha256_first_half"]
+
+
+def test_convert_broken():
+    "Where the script stops with a traceback, the line is refused"
+    want = json.loads((EXPECTED / "reformat.json").read_text())["glaive_bad.jsonl(per line)"]
+    assert parity.convert(str(DATA / "glaive_bad.jsonl"), "glaive")[1] == [w["line"] - 1 for w in want if w["outcome"] != "kept"]
+
+
+@pytest.mark.parametrize("name, least", [("ultrachat_like", 0.94), ("openai_legacy", 1.0), ("glaive_like", 0.93)])
+def test_convert_saves(name, least):
+    "The converter keeps more rows than the scripts, accounts for all, and training accepts each"
+    done = convert(DATA / f"{name}.jsonl")
+    assert done.kept + len(done.refused) == len(rows(name)) and done.kept / len(rows(name)) >= least and all(r["reason"] for r in done.refused)
+    assert done.kept > json.loads((EXPECTED / "reformat.json").read_text())[f"{name}.jsonl"]["kept"]
+    for row in done.rows: assert parity.verdict(json.dumps(row), "v3") == (True, "")
 
 
 @pytest.mark.parametrize("version", VERSION)

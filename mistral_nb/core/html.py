@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Sequence
 
 # %% ../../nbs/core/00_html.ipynb #visible
-_HIDDEN = re.compile("[\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
-_NAMELESS = {"Cc", "Cs", "Co", "Cn"}
+_HIDDEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2028\u2029\u3164\ufe00-\ufe0d\uffa0\U000e0100-\U000e01ef]")  # seen as nothing, and not of a category that is
+_NAMELESS = {"Cc", "Cf", "Cs", "Co", "Cn"}
 
 
 def visible(
@@ -47,7 +47,7 @@ def short_path(path: str | Path, parts: int = 2) -> str:
     return str(path) if len(Path(path).parts) <= parts else "…/" + "/".join(kept)
 
 # %% ../../nbs/core/00_html.ipynb #table
-_TD = "padding:2px 10px;border-bottom:1px solid rgba(128,128,128,.25);text-align:"
+_TD = "padding:2px 10px;white-space:pre-wrap;border-bottom:1px solid rgba(128,128,128,.25);text-align:"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from functools import lru_cache
 from functools import partial
 from importlib.metadata import version as installed
 from pathlib import Path
+from threading import Thread
 from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
@@ -97,7 +98,7 @@ def ordered(work: Callable, jobs: Iterable, workers: int) -> Iterator[Any]:
         return
     from loky import get_reusable_executor
     from loky.process_executor import TerminatedWorkerError
-    pool, pending = get_reusable_executor(max_workers=workers - 1, timeout=60), deque()
+    pool, pending = get_reusable_executor(max_workers=workers - 1, timeout=60, initializer=_leave_with, initargs=(os.getpid(),)), deque()
     try:
         for job in jobs:
             if sum(not f.done() for f in pending) < 3 * (workers - 1): pending.append(pool.submit(work, job))
@@ -107,6 +108,14 @@ def ordered(work: Callable, jobs: Iterable, workers: int) -> Iterator[Any]:
     except TerminatedWorkerError as e: raise RuntimeError("a helper process was killed, perhaps for memory: start again with fewer workers") from e
     finally:
         for f in pending: f.cancel()
+
+
+def _leave_with(parent: int) -> None:
+    "End this helper when the process that started it is gone, however it went"
+    def watch() -> None:
+        while os.getppid() == parent: time.sleep(0.5)
+        os._exit(1)
+    Thread(target=watch, daemon=True).start()
 
 
 def _done(work: Callable, job: Any) -> Future:

@@ -140,7 +140,7 @@ class Finding:
     def __str__(self) -> str: return f"{self.file}:{self.line}: {self.code}: {self.field + ': ' if self.field else ''}{self.problem}"
 
 # %% ../../nbs/data/19_check.ipynb #lint-text
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069]")
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2060-\u2069\u206a-\u206f\ufff9-\ufffb\U000e0000-\U000e007f]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SPECIAL = re.compile(r"\[/?(?:INST|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CONTENT|SYSTEM_PROMPT|MODEL_SETTINGS|THINK|ARGS|CALL_ID|IMG|PREFIX|SUFFIX|MIDDLE)\]|</?s>|<unk>|<<SYS>>|<\|(?:im_start|im_end|endoftext|eot_id|user|assistant|system|begin_of_text)\|>|^### (?:Instruction|Response|Input):", re.M)
 Lint = tuple[str, str, str]  # code, field, problem
@@ -428,7 +428,7 @@ class Report:
         return Table(["code", "level", "rows", "meaning"], rows, title="Findings" if rows else "No findings", width=80)
 
     def findings_table(self, code: str | None = None, n: int = 10) -> Table:
-        "The first `n` findings, errors first; of one code if given"
+        "The first `n` findings of a code; without one, errors first, two of each code"
         some = [f for f in self.findings if code in (None, f.code)]
         if code is None:  # a few of each code say more than many of the first
             seen: Counter = Counter()

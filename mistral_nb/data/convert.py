@@ -369,7 +369,7 @@ def guess_format(source: Any, among: int = 200) -> Guess:
     "The format of the first rows of a DataFrame, file or list, see `FORMATS`."
     rows = [r for _, r in islice(read_rows(source), among) if isinstance(r, dict)]
     share = {f.name: sum(f.fits(r) for r in rows) for f in FORMATS.values()}
-    best = max(share, key=share.get)  # the first of equals, and FORMATS begins with the most special
+    best = next((n for n in share if share[n] > len(rows) / 2), max(share, key=share.get))  # FORMATS begins with the most special
     if rows and share[best]: return Guess(best, f"{share[best]} of the first {len(rows)} rows have {FORMATS[best].looks}")
     columns = list(dict.fromkeys(k for r in rows for k in r))
     raise UnknownFormat(_unknown(columns, rows[:3]))

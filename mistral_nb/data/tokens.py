@@ -13,6 +13,7 @@ __all__ = ['BUNDLED', 'RELEASED', 'WHY', 'START', 'TRAINED', 'SYSTEM', 'QUESTION
 import json
 from dataclasses import dataclass
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +104,21 @@ class Tokenizer:
     def __repr__(self) -> str: return f"Tokenizer({self.file or 'bundled'}, {self.version}, {self.vocab_size:,} tokens)"
 
 
+@lru_cache(maxsize=None)
+def _bundled(name: str) -> Tokenizer: return Tokenizer(BUNDLED[name](), None, name)
+
+
+@lru_cache(maxsize=4)
+def _from_file(file: Path, size: int, changed: int) -> Tokenizer: return Tokenizer(MistralTokenizer.from_file(str(file)), file)
+
+
 def load_tokenizer(where: str | Path) -> Tokenizer:
-    "The tokenizer of a model folder, of a tokenizer file, or bundled for `v1`, `v2`, `v3`, `v3-tekken`, `v7`."
-    if str(where) in BUNDLED: return Tokenizer(BUNDLED[str(where)](), None, str(where))
+    "The tokenizer of a model folder, of a tokenizer file, or bundled for `v1`, `v2`, `v3`, `v3-tekken`, `v7`; the last few are kept."
+    if str(where) in BUNDLED: return _bundled(str(where))
     path = Path(where)
     if not path.exists(): raise TokenizerError(f"there is no tokenizer {str(where)!r}: give a model folder, a tokenizer file, or one of {', '.join(BUNDLED)}")
     file = tokenizer_file(path) if path.is_dir() else path
-    try: return Tokenizer(MistralTokenizer.from_file(str(file)), file)
+    try: return _from_file(file, file.stat().st_size, file.stat().st_mtime_ns)
     except (MistralCommonException, ValueError, AssertionError, KeyError, RuntimeError) as e: raise TokenizerError(f"{file} cannot be read as a tokenizer: {e}") from e
 
 # %% ../../nbs/data/13_tokens.ipynb #check-vocab
