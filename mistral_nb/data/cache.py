@@ -11,6 +11,7 @@ __all__ = ['Lines', 'FORMAT', 'LISTS', 'SCHEMA', 'chunks', 'columns', 'encoder_o
 import hashlib
 import json
 import os
+import re
 import time
 from collections import deque
 from concurrent.futures import Future
@@ -71,9 +72,12 @@ def columns(samples: list[tuple[int, int, TokenSample]]) -> dict[str, np.ndarray
 
 
 @lru_cache(maxsize=2)
+def _encoder(tokenizer: Tokenizer) -> Encoder: return Encoder(tokenizer)
+
+
 def encoder_of(origin: str) -> Encoder:
-    "The encoder of a tokenizer, see `Tokenizer.origin`; one in each process."
-    return Encoder(load_tokenizer(origin))
+    "The encoder of a tokenizer, see `Tokenizer.origin`; made once in each process, and again if the file is another."
+    return _encoder(load_tokenizer(origin))
 
 
 def encode_lines(lines: Lines, file: str, kind: str, origin: str, chunk: bool) -> dict[str, np.ndarray]:
@@ -132,13 +136,16 @@ FORMAT = "1"  # of the cache files; a new one makes them anew
 def digest(path: str | Path, notes: Path | None = None) -> str:
     "A hash of a file's content; `notes` is a folder for remembering it."
     path = Path(path).resolve()
-    stat, note = path.stat(), notes / f"{hashlib.blake2b(os.fsencode(path), digest_size=16).hexdigest()}.json" if notes else None
+    now = path.stat()
+    state, note = [now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino], notes / f"{hashlib.blake2b(os.fsencode(path), digest_size=16).hexdigest()}.json" if notes else None
     try:
         seen = json.loads(note.read_text()) if note else {}
-        if (seen["size"], seen["time"]) == (stat.st_size, stat.st_mtime_ns) and seen["noted"] - seen["time"] > 2e9: return seen["digest"]
+        if seen["state"] == state and seen["noted"] - max(state[1:3]) > 2e9: return seen["digest"]
     except (OSError, ValueError, KeyError): pass
     with open(path, "rb") as f: found = hashlib.file_digest(f, "blake2b").hexdigest()[:32]
-    if note: replace_text(note, json.dumps(dict(path=str(path), size=stat.st_size, time=stat.st_mtime_ns, noted=time.time_ns(), digest=found)))
+    try:
+        if note: replace_text(note, json.dumps(dict(path=str(path), state=state, noted=time.time_ns(), digest=found)))
+    except OSError: pass  # a cache that can only be read
     return found
 
 
@@ -152,7 +159,7 @@ def replace_text(path: Path, text: str) -> None:
 
 def cache_key(path: str | Path, kind: str, tokenizer: Tokenizer, chunk: bool, notes: Path | None = None) -> str:
     "What the tokens of a file depend on, as a short name."
-    maker = digest(tokenizer.file, notes) if tokenizer.file else tokenizer.name
+    maker = digest(tokenizer.origin, notes) if tokenizer.file else tokenizer.origin
     parts = [FORMAT, installed("mistral-common"), digest(path, notes), maker, str(tokenizer.file.name if tokenizer.file else ""), kind, str(bool(chunk and kind == "instruct"))]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=12).hexdigest()
 
@@ -226,7 +233,7 @@ def default_cache() -> Path:
 
 def cache_folder(setting: str) -> Path | None:
     "The folder that `data.cache` means; None for nowhere."
-    return {"": default_cache(), "none": None}.get(setting, Path(setting))
+    return {"": default_cache(), "none": None}.get(setting, Path(setting).expanduser())
 
 
 def tokenize_file(
@@ -241,12 +248,29 @@ def tokenize_file(
     "The tokens of a file of JSON lines; the first bad line raises `SampleError`."
     make = lambda: _tokenized(Path(path), tokenizer, kind, chunk, workers, progress)
     if cache is None: return TokenFile(path, list(make()))
-    found = Path(cache) / f"{cache_key(path, kind, tokenizer, chunk, Path(cache) / 'notes')}.arrow"
-    if not found.exists():
-        found.parent.mkdir(parents=True, exist_ok=True)
-        with _the_only_one(FileLock(f"{found}.lock"), progress and f"waiting for another process that tokenizes {short_path(path)}"):
-            if not found.exists(): write_cache(found, make(), dict(file=str(Path(path).resolve()), tokenizer=tokenizer.origin, kind=kind, chunk=chunk))
-    return open_cache(path, found)
+    key = lambda: cache_key(path, kind, tokenizer, chunk, Path(cache) / "notes")
+    name = key()
+    found = Path(cache) / f"{name}.arrow"
+    if (whole := _whole(path, found)) is not None: return whole
+
+    def unchanged() -> Iterator[pa.RecordBatch]:
+        yield from make()
+        if key() != name: raise RuntimeError(f"{path} changed while it was read: start again")
+    found.parent.mkdir(parents=True, exist_ok=True)
+    with _the_only_one(FileLock(f"{found}.lock"), progress and f"waiting for another process that tokenizes {short_path(path)}"):
+        if (whole := _whole(path, found)) is not None: return whole
+        for old in found.parent.glob(f"{name}.*.part"): old.unlink(missing_ok=True)  # of a writer that was killed
+        write_cache(found, unchanged(), dict(file=str(Path(path).resolve()), tokenizer=tokenizer.origin, kind=kind, chunk=chunk))
+        return open_cache(path, found)
+
+
+def _whole(file: str | Path, path: Path) -> TokenFile | None:
+    "The cache file, or None if there is none, or it is damaged"
+    try: return open_cache(file, path)
+    except FileNotFoundError: return None
+    except pa.ArrowInvalid:
+        print(f"{path} is damaged and made anew")
+        return None
 
 
 def _the_only_one(lock: FileLock, note: str | bool) -> Any:
@@ -259,17 +283,20 @@ def _the_only_one(lock: FileLock, note: str | bool) -> Any:
 
 def write_cache(path: Path, batches: Iterable[pa.RecordBatch], facts: dict) -> None:
     "Write an Arrow file that appears when it is whole."
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{os.getpid()}-{os.urandom(4).hex()}.part")
     try:
-        with pa.OSFile(str(part), "wb") as out, pa.ipc.new_file(out, SCHEMA.with_metadata({k: json.dumps(v) for k, v in facts.items()})) as writer:
-            for batch in batches: writer.write_batch(batch)
+        with open(part, "wb") as out:
+            with pa.ipc.new_file(out, SCHEMA.with_metadata({k: json.dumps(v) for k, v in facts.items()})) as writer:
+                for batch in batches: writer.write_batch(batch)
+            out.flush()
+            os.fsync(out.fileno())
         part.replace(path)
     finally: part.unlink(missing_ok=True)
 
 
 def _tokenized(path: Path, tokenizer: Tokenizer, kind: str, chunk: bool, workers: int | None, progress: bool) -> Iterator[pa.RecordBatch]:
     "A record batch for each chunk of lines, in order"
-    size, before = path.stat().st_size, path.stat().st_mtime_ns
+    size = path.stat().st_size
     if workers is None: workers = cores() if size > 4 << 20 else 1
     work = partial(encode_lines, file=str(path), kind=kind, origin=tokenizer.origin, chunk=chunk)
     taken = deque()  # bytes of the chunks under way
@@ -280,7 +307,6 @@ def _tokenized(path: Path, tokenizer: Tokenizer, kind: str, chunk: bool, workers
             rows += int((found["part"] == 0).sum())
             bar.set_postfix_str(f"{rows / (time.perf_counter() - began):,.0f} rows/s", refresh=False)
             bar.update(taken.popleft())
-    if (path.stat().st_size, path.stat().st_mtime_ns) != (size, before): raise RuntimeError(f"{path} changed while it was read: start again")
 
 
 def _noted(jobs: Iterable[Lines], taken: deque) -> Iterator[Lines]:
@@ -293,18 +319,27 @@ def _noted(jobs: Iterable[Lines], taken: deque) -> Iterator[Lines]:
 def cached(cache: str | Path | None = None) -> Table:
     "What a cache folder holds, by default `default_cache()`."
     rows = []
-    for path in sorted(Path(cache or default_cache()).glob("*.arrow")):
+    for path in _ours(Path(cache or default_cache()), "arrow"):
+        if (data := _whole("", path)) is None: continue
         facts = {k.decode(): json.loads(v) for k, v in (pa.ipc.open_file(pa.memory_map(str(path))).schema.metadata or {}).items()}
-        data = open_cache(facts["file"], path)
         rows.append((short_path(facts["file"]), facts["kind"], short_path(facts["tokenizer"]), data.lines, int(data.length.sum()), round(path.stat().st_size / 1e6, 2), time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))))
     return Table(["file", "kind", "tokenizer", "rows", "tokens", "MB", "made"], rows, title="Token cache")
 
 
 def clear_cache(cache: str | Path | None = None) -> int:
-    "Delete what a cache folder holds; returns how many bytes that was."
-    freed = 0
-    for path in Path(cache or default_cache()).rglob("*"):
-        if path.suffix in (".arrow", ".part", ".lock", ".json") and path.is_file():
-            freed += path.stat().st_size
-            path.unlink()
-    return freed
+    "Delete the tokens that a cache folder holds, and nothing else in it; returns how many bytes that was. What is just being written stays."
+    freed, folder = 0, Path(cache or default_cache())
+    for lock in {p.with_name(f"{p.name.split('.')[0]}.arrow.lock") for kind in ("arrow", "part", "arrow.lock") for p in _ours(folder, kind)}:
+        try:
+            with FileLock(lock).acquire(timeout=0): freed += sum(_delete(p) for p in folder.glob(f"{lock.name.split('.')[0]}.*") if not p.name.endswith(".lock"))
+        except Timeout: continue
+    return freed + sum(_delete(p) for p in (folder / "notes").glob("*.json") if re.fullmatch("[0-9a-f]{32}", p.stem))
+
+
+def _ours(folder: Path, kind: str) -> list[Path]: return sorted(p for p in folder.glob(f"*.{kind}") if re.fullmatch(r"[0-9a-f]{24}(\.\d+-[0-9a-f]{8})?", p.name.removesuffix(f".{kind}")))
+
+
+def _delete(path: Path) -> int:
+    size = path.stat().st_size
+    path.unlink(missing_ok=True)
+    return size

@@ -21,14 +21,15 @@ from .schema import Where
 from .schema import read_lines
 
 # %% ../../nbs/data/11_rows.ipynb #clean
-def plain(value: Any) -> Any:
-    "`value` with nothing in it but dicts, lists, texts, numbers and None; keys whose value is missing are left out of dicts."
+def plain(value: Any, table: bool = False) -> Any:
+    "`value` with nothing in it but dicts, lists, texts, numbers and None; from a `table`, keys without a value are left out."
     if value is None or isinstance(value, (str, bool, int)): return value
+    if type(value).__name__ == "NAType": return None  # pandas.NA
     if isinstance(value, float): return None if math.isnan(value) else value
-    if isinstance(value, dict): return {str(k): v for k, v in ((k, plain(v)) for k, v in value.items()) if v is not None}
-    if isinstance(value, (list, tuple, set, np.ndarray)): return [plain(v) for v in value]
-    if isinstance(value, np.generic): return plain(value.item())
-    if isinstance(value, bytes): return value.decode("utf-8", "replace")
+    if isinstance(value, dict): return {str(k): v for k, v in ((k, plain(v, table)) for k, v in value.items()) if v is not None or not table}
+    if isinstance(value, np.generic) or isinstance(value, np.ndarray) and not value.ndim: return plain(value.item(), table)
+    if isinstance(value, (list, tuple, set, np.ndarray)): return [plain(v, table) for v in value]
+    if isinstance(value, bytes): return f"<{len(value)} bytes>"
     if hasattr(value, "isoformat"): return None if value != value else value.isoformat()  # NaT is not equal to itself
     return str(value)
 
@@ -61,17 +62,26 @@ def _jsonl(path: Path) -> Iterator[tuple[Where, Any]]:
 
 
 def _json(path: Path) -> Iterator[tuple[Where, Any]]:
-    with _open(path, encoding="utf-8") as f: found = json.load(f)
-    lists = [v for v in found.values() if isinstance(v, list)] if isinstance(found, dict) else []
-    rows = found if isinstance(found, list) else lists[0] if len(lists) == 1 else [found]  # {"data": [...]} holds one list
+    with _open(path, encoding="utf-8-sig") as f: text = f.read()
+    try: found = json.loads(text)
+    except json.JSONDecodeError as e:
+        if e.msg == "Extra data": yield from _jsonl(path)  # JSON lines under another name
+        else: yield Where(str(path)), SampleError(Where(str(path)), f"not JSON: {e}", "a list of objects", "json")
+        return
+    lists = [found[k] for k in ("data", "rows", "train", "examples") if isinstance(found.get(k), list)] if isinstance(found, dict) else []
+    rows = found if isinstance(found, list) else lists[0] if len(lists) == 1 else [found]
     for n, row in enumerate(rows, 1): yield Where(str(path), 0, f"[{n - 1}]"), row
 
 
 def _csv(path: Path, delimiter: str) -> Iterator[tuple[Where, Any]]:
     csv.field_size_limit(1 << 30)
-    with _open(path, encoding="utf-8-sig", newline="") as f:
+    with _open(path, encoding="utf-8-sig", newline="", errors="surrogateescape") as f:
         reader = csv.DictReader(f, delimiter=delimiter)
-        for row in reader: yield Where(str(path), reader.line_num), {k: v for k, v in row.items() if k is not None and v != ""}
+        for row in reader:
+            where = Where(str(path), reader.line_num)
+            if None in row: yield where, SampleError(where, f"the row has {len(row[None])} more cells than the header", "quote cells that hold the separator", "json")
+            elif any("\udc80" <= c <= "\udcff" for v in row.values() for c in v or ""): yield where, SampleError(where, "the row is not UTF-8", "save the file as UTF-8", "encoding")
+            else: yield where, {k: v for k, v in row.items() if v}
 
 
 def _parquet(path: Path) -> Iterator[tuple[Where, Any]]:
@@ -84,12 +94,12 @@ def _parquet(path: Path) -> Iterator[tuple[Where, Any]]:
 
 
 def _read_file(path: Path) -> Iterator[tuple[Where, Any]]:
-    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    kind = (Path(path.stem).suffix if path.suffix == ".gz" else path.suffix).lower()
     if kind in (".jsonl", ".ndjson"): return _jsonl(path)
     if kind == ".json": return _json(path)
     if kind in (".csv", ".tsv"): return _csv(path, "\t" if kind == ".tsv" else ",")
     if kind == ".parquet": return _parquet(path)
-    if kind in TEXTS: return iter([(Where(str(path)), {"text": path.read_text(encoding="utf-8")})])
+    if kind in TEXTS: return iter([(Where(str(path)), {"text": path.read_text(encoding="utf-8-sig")})])
     raise ValueError(f"{path} cannot be read as rows: give one of {', '.join(READABLE)}")
 
 
@@ -98,14 +108,15 @@ def read_rows(source: Any) -> Iterator[tuple[Where, Any]]:
     if isinstance(source, (str, Path)):
         path = Path(source)
         if not path.exists(): raise FileNotFoundError(f"there is no {path}: looked in {Path.cwd()}")
-        files = sorted(p for p in path.rglob("*") if p.suffix in READABLE or p.suffix == ".gz") if path.is_dir() else [path]
+        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in (*READABLE, ".gz")) if path.is_dir() else [path]
         if not files: raise ValueError(f"no file to read in {path}: looked for {', '.join(READABLE)}")
         found: Iterable = (pair for f in files for pair in _read_file(f))
     elif hasattr(source, "iterrows"): found = ((Where("rows", n), row) for n, row in enumerate(source.to_dict("records"), 1))
     elif hasattr(source, "to_batches"): found = ((Where("rows", n), row) for n, row in enumerate((r for b in source.to_batches() for r in b.to_pylist()), 1))
     elif isinstance(source, dict): raise TypeError("one dict is one row: give a list of them")
     else: found = ((Where("rows", n), row) for n, row in enumerate(source, 1))
-    return ((where, opened(plain(row)) if isinstance(row, dict) else row) for where, row in found)
+    table = not (isinstance(source, list | tuple) or isinstance(source, str | Path) and Path(source).suffix not in (".parquet", ".csv", ".tsv"))
+    return ((where, opened(plain(row, table)) if isinstance(row, dict) else row) for where, row in found)
 
 # %% ../../nbs/data/11_rows.ipynb #write
 def write_rows(rows: Iterable[dict], path: str | Path, overwrite: bool = False) -> int:
@@ -129,19 +140,21 @@ def json_line(row: Any) -> str:
 
 # %% ../../nbs/data/11_rows.ipynb #split
 def split(
-    rows: Any,  # a DataFrame or a sequence of dicts
+    rows: Any,  # a DataFrame or a sequence of dicts, or a file of rows
     eval: float | int = 0.05,  # a share of the rows, or their number
     train: float | int | None = None,  # the same; the rest by default
     seed: int = 0,
     by: str | Callable[[dict], Any] | None = None,  # what keeps rows together
 ) -> tuple[Any, Any]:
-    "`(training rows, evaluation rows)`, of the same type as `rows`; whole groups, in their old order."
+    "`(training rows, evaluation rows)`, a DataFrame as DataFrames and all else as lists; whole groups, in their old order."
     records = [row for _, row in read_rows(rows)]
     if isinstance(by, str) and (missing := sum(by not in r for r in records)): raise ValueError(f"{missing} of {len(records)} rows have no {by!r}: the columns are {', '.join(sorted({k for r in records for k in r}))}")
-    key = (lambda r: json.dumps(r[by], sort_keys=True)) if isinstance(by, str) else by or (lambda r: json.dumps(r, sort_keys=True))
+    if odd := [r for r in records if not isinstance(r, dict)]: raise ValueError(f"{len(odd)} rows are no objects: {odd[0]}")
+    named = by if callable(by) else (lambda r: r[by]) if by else (lambda r: r)
+    key = lambda r: v if isinstance(v := named(r), int | float | str) else json.dumps(v, sort_keys=True, default=str)
     groups: dict[Any, list[int]] = {}
     for i, r in enumerate(records): groups.setdefault(key(r), []).append(i)
-    count = lambda part: round(part * len(records)) if isinstance(part, float) else part
+    count = lambda part: max(1, round(part * len(records))) if isinstance(part, float) and part > 0 else int(part)
     wanted, most = count(eval), len(records) if train is None else count(train)
     if not 0 <= wanted <= len(records) or most < 0 or wanted + (0 if train is None else most) > len(records): raise ValueError(f"eval={eval} and train={train} do not fit {len(records)} rows")
     held, learnt = [], []
@@ -150,5 +163,5 @@ def split(
         if len(held) < wanted and len(held) + len(order[k]) <= max(wanted, 1) * 1.1 + 1: held += order[k]
         elif len(learnt) < most: learnt += order[k]
     if wanted and not held: raise ValueError(f"no group is small enough for {wanted} evaluation rows: {len(groups)} groups, the smallest has {min(map(len, order))}")
-    take = lambda chosen: rows.iloc[sorted(chosen)] if hasattr(rows, "iloc") else [rows[i] for i in sorted(chosen)]
+    take = lambda chosen: rows.iloc[sorted(chosen)] if hasattr(rows, "iloc") else [records[i] for i in sorted(chosen)]
     return take(learnt), take(held)

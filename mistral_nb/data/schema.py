@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sample', 'KINDS', 'ROLES', 'RULES', 'Where', 'SampleError', 'TextSample', 'ChatSample', 'either', 'expect',
            'parse_text', 'parse_tools', 'rules', 'reason', 'parse_calls', 'parse_message', 'parse_chat', 'role_name',
-           'prefixes', 'to_row', 'parse_row', 'parse_line', 'read_lines', 'read_samples']
+           'prefixes', 'to_row', 'parse_row', 'parse_line', 'load_line', 'read_lines', 'read_samples']
 
 # %% ../../nbs/data/10_schema.ipynb #imports
 import json
@@ -109,7 +109,8 @@ def parse_tools(tools: Any, where: Where) -> tuple[Tool, ...]:
         for key in ("name", "description", "parameters"):
             if key not in func: raise SampleError(at, f"there is no {key!r}", "a function has name, description and parameters", "tool")
         expect(func["parameters"], dict, at.at("parameters"), "parameters is a JSON schema", "tool")
-    return _build_tools(json.dumps(tools), where)
+    try: return _build_tools(json.dumps(tools), where)
+    except RecursionError: raise SampleError(where, "a schema is nested too deeply", code="tool") from None
 
 
 def _build_tools(text: str, where: Where) -> tuple[Tool, ...]:
@@ -239,12 +240,17 @@ def parse_row(row: Any, kind: str = "instruct", where: Where = Where(), version:
 
 def parse_line(line: str | bytes, kind: str = "instruct", where: Where = Where(), version: str = "v3") -> Sample:
     "The sample in a line of JSON."
+    return parse_row(load_line(line, where), kind, where, version)
+
+
+def load_line(line: str | bytes, where: Where = Where()) -> Any:
+    "What a line of JSON says."
     if not line.strip(): raise SampleError(where, "the line is empty", "delete it", "empty-line")
-    try: row = json.loads(line.decode("utf-8") if isinstance(line, bytes) else line)
+    try: return json.loads(line.decode("utf-8") if isinstance(line, bytes) else line)
     except UnicodeDecodeError as e: raise SampleError(where, f"byte {e.start + 1} of the line is not UTF-8", "save the file as UTF-8", "encoding") from None
     except json.JSONDecodeError as e: raise SampleError(where, f"not JSON at character {e.pos + 1}: {e.msg}", "one object in double quotes a line", "json") from None
+    except ValueError as e: raise SampleError(where, f"not JSON: {one_line(e, 80)}", code="json") from None  # a number of thousands of digits
     except RecursionError: raise SampleError(where, "the JSON is nested too deeply", code="json") from None
-    return parse_row(row, kind, where, version)
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:

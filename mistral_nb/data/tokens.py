@@ -7,7 +7,7 @@ __all__ = ['BUNDLED', 'RELEASED', 'WHY', 'START', 'TRAINED', 'SYSTEM', 'QUESTION
            'NO_ENCODING', 'TokenizerError', 'tokenizer_file', 'Tokenizer', 'load_tokenizer', 'check_vocab',
            'TokenSample', 'joined', 'turn_starts', 'served_messages', 'without_ids', 'layout', 'reason_for',
            'encode_chat', 'cannot_encode', 'encode', 'encode_all', 'served_ids', 'Agreement', 'Certificate',
-           'agreement', 'certify', 'template_agreement']
+           'agreement', 'certify', 'server_agreement', 'template_agreement']
 
 # %% ../../nbs/data/13_tokens.ipynb #imports
 import json
@@ -68,7 +68,7 @@ class Tokenizer:
     "mistral-common's tokenizer with what training asks of it."
     mistral: MistralTokenizer
     file: Path | None = None  # None for a bundled one
-    name: str = ""  # of a bundled one
+    origin: str = ""  # what `load_tokenizer` takes to make it again, in any folder
 
     @property
     def version(self) -> str: return self.mistral.instruct_tokenizer.tokenizer.version.value
@@ -98,9 +98,6 @@ class Tokenizer:
         "Whether a token is a control token."
         return self.base.is_special(int(id))
 
-    @property
-    def origin(self) -> str: return str(self.file or self.name)  # what `load_tokenizer` takes to make it again
-
     def __repr__(self) -> str: return f"Tokenizer({self.file or 'bundled'}, {self.version}, {self.vocab_size:,} tokens)"
 
 
@@ -109,7 +106,7 @@ def _bundled(name: str) -> Tokenizer: return Tokenizer(BUNDLED[name](), None, na
 
 
 @lru_cache(maxsize=4)
-def _from_file(file: Path, size: int, changed: int) -> Tokenizer: return Tokenizer(MistralTokenizer.from_file(str(file)), file)
+def _from_file(file: Path, origin: str, state: tuple) -> Tokenizer: return Tokenizer(MistralTokenizer.from_file(str(file)), file, origin)
 
 
 def load_tokenizer(where: str | Path) -> Tokenizer:
@@ -118,7 +115,8 @@ def load_tokenizer(where: str | Path) -> Tokenizer:
     path = Path(where)
     if not path.exists(): raise TokenizerError(f"there is no tokenizer {str(where)!r}: give a model folder, a tokenizer file, or one of {', '.join(BUNDLED)}")
     file = tokenizer_file(path) if path.is_dir() else path
-    try: return _from_file(file, file.stat().st_size, file.stat().st_mtime_ns)
+    now = file.stat()
+    try: return _from_file(file, str(file.resolve()), (now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino))
     except (MistralCommonException, ValueError, AssertionError, KeyError, RuntimeError) as e: raise TokenizerError(f"{file} cannot be read as a tokenizer: {e}") from e
 
 # %% ../../nbs/data/13_tokens.ipynb #check-vocab
@@ -307,14 +305,22 @@ def certify(sample: Sample, tokenizer: Tokenizer) -> Certificate:
     "The ids before each trained answer against mistral-common in serving mode, and the whole against the folder's chat template; `SampleError` if this tokenizer cannot write it."
     if isinstance(sample, TextSample): return Certificate(())
     encode(sample, tokenizer)
-    checks, done = [], []
-    answers = iter([i for i, m in enumerate(sample.messages) if isinstance(m, AssistantMessage) and (i + 1 == len(sample.messages) or tokenizer.number < 7 or not isinstance(sample.messages[i + 1], AssistantMessage))])
+    checks, done, said = [], [], lambda m: isinstance(m, AssistantMessage)
+    joins = lambda a, b: tokenizer.number >= 7 and said(a) and said(b) and a.weight == b.weight  # see served_messages
+    answers = iter([i for i, m in enumerate(sample.messages) if said(m) and not (i and joins(sample.messages[i - 1], m))])
     for ids, why in layout(sample, tokenizer):
         if why in (TRAINED, ZERO, EARLIER):
             i = next(answers)
-            if why == TRAINED: checks.append(agreement(f"server, before message {i}", list(done), served_ids(replace(sample, messages=sample.messages[: i + 1]), tokenizer), tokenizer))
+            if why == TRAINED: checks.append(server_agreement(sample, i, done, tokenizer))
         done += ids
     return Certificate((*checks, *template_agreement(sample, tokenizer, done)))
+
+
+def server_agreement(sample: ChatSample, i: int, ours: list[int], tokenizer: Tokenizer) -> Agreement:
+    "Whether a server sends the ids `ours` before message `i`."
+    try: theirs = served_ids(replace(sample, messages=sample.messages[: i + 1]), tokenizer)
+    except NO_ENCODING as e: return Agreement(f"server, before message {i}", len(ours), 0, "", f"refused: {one_line(reason(e), 60)}")
+    return agreement(f"server, before message {i}", list(ours), theirs, tokenizer)
 
 
 def template_agreement(sample: ChatSample, tokenizer: Tokenizer, ours: list[int]) -> list[Agreement]:
