@@ -2,10 +2,12 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from conftest import train_command
+from mistral_nb.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +80,17 @@ def test_commands_agree(shell_env):
     a = program(shell_env, "train", "--help").stdout
     b = subprocess.run([*train_command("--help")], env=shell_env, capture_output=True, text=True).stdout
     assert "resume=true" in a and "resume=true" in b
+
+
+def test_check(demo, write_config, tmp_path):
+    "A config is checked as training would read it; bad rows make the exit code 1, and their corrected file makes it 0"
+    good = write_config("good")
+    assert main(["check", str(good), f"data.cache={tmp_path}/cache"]) == 0
+    rows = (demo / "data/train.jsonl").read_bytes()
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(rows.replace(b'"role": "user"', b'"role": "human"', 2) + b"{\n")
+    assert main(["check", str(good), f"data.instruct_data={bad}", "--create-corrected", "--findings"]) == 1
+    assert bad.read_bytes().count(b"human") == 2
+    assert main(["check", str(good), f"data.instruct_data={bad}.corrected"]) == 0
+    assert Path(f"{bad}.corrected").read_bytes().count(b"\n") == rows.count(b"\n")
+    assert main(["check", str(good), f"data.instruct_data={bad}", f"model_id_or_path={tmp_path}/none"]) == 1

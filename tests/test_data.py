@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import mistral_common
 import numpy as np
 import pytest
 
@@ -21,6 +22,7 @@ from mistral_nb.data.fast import text_encoder
 from mistral_nb.data.pack import PackCounts
 from mistral_nb.data.pack import Packer
 from mistral_nb.data.schema import parse_line
+from mistral_nb.data.schema import parse_row
 from mistral_nb.data.schema import read_lines
 from mistral_nb.data.tokens import encode
 from mistral_nb.data.tokens import encode_all
@@ -42,6 +44,41 @@ print("end", len(made), len(found), int(found.length.sum()), int(found.trained.s
 """
 
 
+CONTROL = "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT] [CALL_ID] [ARGS] [THINK] [/THINK] [MODEL_SETTINGS] [/MODEL_SETTINGS]".split()
+
+
+def newer_tokenizer(path: Path, version: str):
+    "A tokenizer of a version that is not bundled: the first entries of the bundled vocabulary with that version's control tokens"
+    spec = json.loads((Path(mistral_common.__file__).parent / "data/tekken_240718.json").read_text())
+    spec["special_tokens"] = [dict(rank=i, token_str=n, is_control=True) for i, n in enumerate(CONTROL)]
+    spec["config"] |= dict(version=version, default_num_special_tokens=100, default_vocab_size=2100, num_vocab_tokens=2000)
+    spec["vocab"] = spec["vocab"][:2000]
+    if version == "v15": spec["model_settings_builder"] = {"reasoning_effort": {"type": "enum", "values": ["none", "high"], "accepts_none": True, "default": "none"}}
+    path.write_text(json.dumps(spec))
+    return load_tokenizer(path)
+
+
+@pytest.mark.parametrize("version", ["v3", "v7", "v11", "v13", "v15"])
+def test_rows_of_every_version(tmp_path, version):
+    "Plain chats, joined messages, weights and tools: a file's samples are those of the strict path, reasons and turns included"
+    tokenizer = load_tokenizer(version) if version in ("v3", "v7") else newer_tokenizer(tmp_path / "tekken.json", version)
+    rng, texts = random.Random(2), list(strings(3000, 2))
+    said = lambda: next(t for t in iter(lambda: rng.choice(texts), None) if t.strip() and not any("\ud800" <= c <= "\udfff" for c in t))
+    rows = []
+    for _ in range(150):
+        turns = [m for _ in range(rng.randint(1, 4)) for m in ({"role": "user", "content": said()}, {"role": "assistant", "content": said()})]
+        if rng.random() < 0.3: turns.insert(0, {"role": "system", "content": said()})
+        if rng.random() < 0.2: turns.insert(-2, {"role": "user", "content": said()})
+        if rng.random() < 0.2: turns[-1]["weight"] = rng.choice([0, 1])
+        rows.append({"messages": turns})
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = tokenize_file(file, tokenizer, chunk=True)
+    strict = [s for row in rows for s in encode_all(parse_row(row, version=tokenizer.version), tokenizer)]
+    assert [found.sample(i) for i in range(len(found))] == strict
+    for i, s in enumerate(strict): assert (found.sample(i).why.tolist(), found.turns(i)) == (s.why.tolist(), s.turns)
+
+
 def chats(path: Path, n: int, words: int = 30, seed: int = 0) -> Path:
     "A file of `n` short conversations"
     rng = random.Random(seed)
@@ -57,7 +94,7 @@ def start(code: str, env: dict, *args) -> subprocess.Popen:
 
 ALPHABETS = ["abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789", " ", "  ", "\n", "\t\r", ".,;:!?'\"-_()[]{}<>/\\|@#$%^&*+=~`", "éèàüöäßñçøåæœłőžščřěůđ", "абвгдежзийклмнопрстуфхцчшщъыьэюя",
              "αβγδεζηθικλμνξοπρστυφχψω", "中文字日本語かなカナ한국어", "עבריתعربيไทยहिन्दी", "🙂🚢👩‍🔬🏳️‍🌈", "\u00a0\u2003\u200b\u200d\u2028\u202e\ufeff\u0301", "▁", "\x00\x07\x1b\x7f", "∑√∞≈→←½²①ﬁ"]
-PIECES = ["[INST]", "[/INST]", "<s>", "</s>", "<0x0A>", "<unk>", "the", " of", "ing", "'ll", "   ", "\n\n", "\r\n", "```python\n", "    return ", "https://", "1,234.56", "don't", "\ud83d"]
+PIECES = ["[INST]", "[/INST]", "[REFERENCE_DOC_19]", "<s>", "</s>", "<0x0A>", "<unk>", "the", " of", "ing", "'ll", "   ", "\n\n", "\r\n", "```python\n", "    return ", "https://", "1,234.56", "don't", "\ud83d"]
 
 
 def strings(n: int, seed: int):

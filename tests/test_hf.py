@@ -1,12 +1,17 @@
 """The package beside Hugging Face transformers and peft on the same small random weights, in float32, to the rounding at `TOLERANCE`."""
+import shutil
+from pathlib import Path
+
 import pytest
 
 transformers = pytest.importorskip("transformers")
+import mistral_common
 import numpy as np
 import torch
 
 from mistral_nb.data.pack import pack_samples
-from mistral_nb.data.tokens import TokenSample
+from mistral_nb.data.schema import parse_row
+from mistral_nb.data.tokens import TokenSample, certify, load_tokenizer
 from mistral_nb.infer.generate import generate
 from mistral_nb.model.lora import adapters, attach, load_adapter_state, merged_state
 from mistral_nb.model.weights import load_model, read_tensors, save_model, unpermute, weight_files
@@ -193,3 +198,33 @@ def test_generate(case, tmp_path):
             full = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False, pad_token_id=0)[0, len(prompt) :].tolist()
             assert answer == [t for t in full if t != stop_id] and (stop_id or len(set(answer)) > 5)
     assert got[0].index(stop) == len(answers[0]) < 30
+
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+
+
+def hf_tokenizer(folder, template: str) -> None:
+    "A v3 tokenizer file, and beside it a fast tokenizer of transformers with the same pieces and a chat template"
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+    file = Path(mistral_common.__file__).parent / "data/mistral_instruct_tokenizer_240323.model.v3"
+    shutil.copy(file, folder / "tokenizer.model.v3")
+    model = load_tokenizer(folder).base._model
+    known = {model.id_to_piece(i): i for i in range(model.vocab_size())}
+    ranked = sorted((p for p, i in known.items() if len(p) > 1 and model.get_score(i) < 0), key=lambda p: -model.get_score(known[p]))
+    merges = [(p[:k], p[k:]) for p in ranked for k in range(1, len(p)) if p[:k] in known and p[k:] in known]
+    fast = Tokenizer(models.BPE(known, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    fast.normalizer = normalizers.Replace(" ", "▁")
+    fast.decoder = decoders.ByteFallback()
+    fast.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in ("<s>", "</s>", "[INST]", "[/INST]")])
+    PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>", chat_template=template).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("template, same", [(TEMPLATE, True), (TEMPLATE.replace("[/INST]", " [/INST]"), False), (TEMPLATE.replace("{% for", "{{ raise_exception('no') }}{% for"), False)])
+def test_certify_template(tmp_path, template, same):
+    "The ids that we train on against the chat template in the model's folder: equal, or the first difference is pointed at"
+    hf_tokenizer(tmp_path, template)
+    sample = parse_row({"messages": [{"role": "user", "content": "What is the tide?"}, {"role": "assistant", "content": "High."}, {"role": "user", "content": "Now?"}, {"role": "assistant", "content": "Low."}]})
+    found = certify(sample, load_tokenizer(tmp_path)).checks
+    assert [c.same for c in found] == [True, True, same] and found[-1].what == "chat template", found
+    if not same: assert found[-1].theirs

@@ -66,6 +66,7 @@ from .convert import FORMATS
 from .convert import Refused
 from .convert import convert_row
 from .convert import loose
+from .fast import sample_plan
 from .rows import json_line
 from .rows import read_rows
 from .rows import write_rows
@@ -389,7 +390,7 @@ def check_lines(lines: Lines, file: str, kind: str, origin: str, chunk: bool) ->
         found["findings"] += findings
         found["hash"].append(0 if sample is None else row_hash(sample))
         found["signature"].append(np.zeros(32, np.uint32) if sample is None else signature(sample))
-        samples += [(n, part, t) for part, t in enumerate(tokens)]
+        samples += [(n, part, sample_plan(t)) for part, t in enumerate(tokens)]
     return dict(found, state=np.array(found["state"], np.uint8), hash=np.array(found["hash"], np.uint64), signature=np.array(found["signature"], np.uint32).reshape(-1, 32), columns=columns(samples))
 
 # %% ../../nbs/data/19_check.ipynb #check-file

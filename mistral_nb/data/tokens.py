@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.instruct.messages import AssistantMessage
+from mistral_common.protocol.instruct.messages import FinetuningAssistantMessage
 from mistral_common.protocol.instruct.messages import SystemMessage
 from mistral_common.protocol.instruct.messages import ToolMessage
 from mistral_common.protocol.instruct.messages import UserMessage
@@ -171,7 +172,7 @@ def turn_starts(why: list[int], lengths: list[int]) -> tuple[int, ...]:
 # %% ../../nbs/data/13_tokens.ipynb #served
 def served_messages(sample: ChatSample, tokenizer: Tokenizer) -> tuple[list[tuple], ModelSettings]:
     "`(message, weight)` in the order in which the tokenizer's version encodes them, and its model settings (v15)."
-    plain = [(m, getattr(m, "weight", None)) for m in sample.messages]
+    plain = [(m, m.weight if isinstance(m, FinetuningAssistantMessage) else None) for m in sample.messages]
     if tokenizer.number < 7: return plain, ModelSettings.none()
     system = [] if sample.system_prompt is None else [SystemMessage(content=sample.system_prompt)]
     request = ChatCompletionRequest(messages=[*system, *sample.messages])
@@ -306,7 +307,7 @@ def certify(sample: Sample, tokenizer: Tokenizer) -> Certificate:
     if isinstance(sample, TextSample): return Certificate(())
     encode(sample, tokenizer)
     checks, done, said = [], [], lambda m: isinstance(m, AssistantMessage)
-    joins = lambda a, b: tokenizer.number >= 7 and said(a) and said(b) and a.weight == b.weight  # see served_messages
+    joins = lambda a, b: tokenizer.number >= 7 and said(a) and said(b) and getattr(a, "weight", None) == getattr(b, "weight", None)  # see served_messages
     answers = iter([i for i, m in enumerate(sample.messages) if said(m) and not (i and joins(sample.messages[i - 1], m))])
     for ids, why in layout(sample, tokenizer):
         if why in (TRAINED, ZERO, EARLIER):
