@@ -1,7 +1,9 @@
 """Fresh text for benchmarks: prose, code, chats and tool conversations in which hardly five words in a row ever come twice.
 
-Words follow Zipf's law over English function words and an invented lexicon, and some are made on the spot, so that neither a cache of words
-nor one of sentences does better here than on real data. Everything is a function of its random generator alone."""
+Words follow Zipf's law over English function words, the words that Mistral's vocabulary holds, in the order of their frequency, and invented ones, and
+some are made on the spot: as in real prose, about four bytes make a token, and neither a cache of words nor one of sentences does better here than on real
+data. Everything is a function of its random generator alone."""
+import base64
 import json
 import random
 import string
@@ -10,7 +12,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Callable
 
-LEXICON = 150_000  # invented words behind the function words
+import mistral_common
+
+LEXICON = 60_000  # words behind the function words: those of the vocabulary first, then invented ones
 NEW, UNICODE, NUMBER = 0.03, 0.02, 0.015  # share of running words that are brand-new, not plain English, or numbers
 
 FUNCTION = list(dict.fromkeys("""the of and to in a is that for it as was with be by on not he his but at are this have from or had an they which
@@ -43,10 +47,17 @@ def made_up(rng: random.Random, syllables: int) -> str:
     return "".join(parts) + ENDINGS[int(r() * len(ENDINGS))]
 
 
+def vocabulary() -> list[str]:
+    "The words of three letters and more that are a token of Mistral's tekken, most frequent first."
+    entries = json.loads((Path(mistral_common.__file__).parent / "data/tekken_240718.json").read_text())["vocab"]
+    found = (base64.b64decode(e["token_bytes"]) for e in entries)
+    return [b[1:].decode() for b in found if len(b) > 3 and b[:1] == b" " and b[1:].isalpha() and b[1:].islower() and b.isascii()]
+
+
 @lru_cache(maxsize=None)
 def lexicon() -> tuple[list[str], list[float], frozenset[str]]:
     "All words by rank, the running sum of their frequencies `1/rank`, and the words as a set; frequent words are the short ones."
-    rng, words = random.Random(0), dict.fromkeys(FUNCTION)
+    rng, words = random.Random(0), dict.fromkeys([*FUNCTION, *vocabulary()])
     while len(words) < len(FUNCTION) + LEXICON:
         words[made_up(rng, 1 + (len(words) > 1_500 * (1 + rng.random())) + (len(words) > 40_000 * (1 + rng.random())))] = None
     return list(words), list(accumulate(1 / r for r in range(1, len(words) + 1))), frozenset(words)

@@ -285,7 +285,9 @@ def tokenize_file(
     def unchanged() -> Iterator[pa.RecordBatch]:
         yield from make()
         if key() != name: raise RuntimeError(f"{path} changed while it was read: start again")
-    found.parent.mkdir(parents=True, exist_ok=True)
+    if not _writable(found.parent):
+        print(f"{short_path(found.parent)} cannot be written to: the tokens of {short_path(path)} stay in memory")
+        return TokenFile(path, list(make()))
     with _the_only_one(FileLock(f"{found}.lock"), progress and f"waiting for another process that tokenizes {short_path(path)}"):
         if (whole := _whole(path, found)) is not None: return whole
         for old in found.parent.glob(f"{name}.*.part"): old.unlink(missing_ok=True)  # of a writer that was killed
@@ -293,10 +295,16 @@ def tokenize_file(
         return open_cache(path, found)
 
 
+def _writable(folder: Path) -> bool:
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError: return False
+    return os.access(folder, os.W_OK)
+
+
 def _whole(file: str | Path, path: Path) -> TokenFile | None:
     "The cache file, or None if there is none, or it is damaged"
     try: return open_cache(file, path)
-    except FileNotFoundError: return None
+    except (FileNotFoundError, NotADirectoryError): return None
     except pa.ArrowInvalid:
         print(f"{path.name} is damaged and made anew")
         return None

@@ -136,14 +136,14 @@ TYPES = {"object", "string", "integer", "number", "boolean", "array", "null"}
 _NAME = re.compile("[a-zA-Z0-9_-]{1,64}")
 
 
-def usual_schema(schema: Any) -> bool:
-    "Whether a JSON schema has nothing but the usual keys with the usual values, so that there is nothing to check; checking all takes a millisecond."
-    if type(schema) is not dict: return False
+def usual_schema(schema: Any, deep: int = 8) -> bool:
+    "Whether a JSON schema has nothing but the usual keys with the usual values, at most `deep` in one another, so that there is nothing to check; checking all takes a millisecond."
+    if type(schema) is not dict or not deep: return False
     for key, value in schema.items():
         if key == "type": good = type(value) is str and value in TYPES
         elif key in ("description", "title"): good = type(value) is str
-        elif key == "properties": good = type(value) is dict and all(map(usual_schema, value.values()))
-        elif key == "items": good = usual_schema(value)
+        elif key == "properties": good = type(value) is dict and all(usual_schema(v, deep - 1) for v in value.values())
+        elif key == "items": good = usual_schema(value, deep - 1)
         elif key == "required": good = type(value) is list and all(type(v) is str for v in value) and len(set(value)) == len(value)
         else: good = key == "default" or key == "enum" and type(value) is list
         if not good: return False
