@@ -26,7 +26,7 @@ from dataclasses import replace
 from functools import lru_cache
 from functools import partial
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Sequence
+from typing import Any, Iterator, Sequence
 
 import numpy as np
 from mistral_common.exceptions import MistralCommonException
@@ -44,11 +44,11 @@ from ..core.html import Picture
 from ..core.html import Table
 from ..core.html import one_line
 from ..core.html import short_path
-from .batches import DataError
 from .batches import Source
 from .batches import Tokenized
 from .batches import check_source
 from .batches import sources
+from .cache import DataError
 from .cache import Lines
 from .cache import TokenFile
 from .cache import cache_folder
@@ -70,6 +70,7 @@ from .fast import sample_plan
 from .rows import json_line
 from .rows import read_rows
 from .rows import write_rows
+from .rows import write_whole
 from .schema import ChatSample
 from .schema import Sample
 from .schema import SampleError
@@ -434,7 +435,7 @@ def check_file(file: Path, source: Source, tokenizer: Tokenizer, chunk: bool, he
     path = scratch / f"{len(list(scratch.iterdir()))}.arrow"
     write_cache(path, batches(), dict(file=str(file.resolve()), tokenizer=tokenizer.origin, kind=source.kind, chunk=chunk))
     out.state, out.hash, out.signature = (np.concatenate(v) for v in parts.values())
-    if digest(file) != before: raise RuntimeError(f"{file} changed while it was read: start again")
+    if digest(file) != before: raise DataError(f"{file} changed while it was read: start again")
     if cache and not (out.state != KEPT).any():
         final = cache / f"{cache_key(file, source.kind, tokenizer, chunk, cache / 'notes')}.arrow"
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -591,26 +592,17 @@ def write_corrected(report: Report, also: Sequence[str] = ()) -> Table:
         if over := [c for c in also if f.counts[c] > MOST and c in DROPPED]: raise ValueError(f"{f.file} has more than {MOST:,} rows of {', '.join(over)}: look for the cause first")
         dropped = {x.line: f"{x.code}: {x.problem}" for x in f.findings if x.code in also and x.code in DROPPED}
         if not (f.state != KEPT).any() and not any(f.counts[c] for c in also): continue
-        if digest(f.file) != f.digest: raise RuntimeError(f"{f.file} changed since it was checked: check it again")
+        if digest(f.file) != f.digest: raise DataError(f"{f.file} changed since it was checked: check it again")
         rejected: list[dict] = []
         tally: Counter = Counter()
         target = f.file.with_name(f.file.name + ".corrected")
-        _write_bytes(target, corrected_lines(f, report.version, also, dropped, rejected, tally))
+        write_whole(target, (line + b"\n" for line in corrected_lines(f, report.version, also, dropped, rejected, tally)))
         refused = f.file.with_name(f.file.name + ".rejected")
         if rejected: write_rows(rejected, refused, overwrite=True)
         else: refused.unlink(missing_ok=True)  # of an earlier state of the file
         assert sum(tally.values()) == len(f.state), "a row is not accounted for"
         rows.append((str(target.name), len(f.state), tally["kept"], tally["repaired"], tally["rejected"]))
     return Table(["written", "rows", "kept", "repaired", "rejected"], rows, title="Corrected files" if rows else "Nothing to correct")
-
-
-def _write_bytes(path: Path, lines: Iterable[bytes]) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as out:
-            for line in lines: out.write(line + b"\n")
-        part.replace(path)
-    finally: part.unlink(missing_ok=True)
 
 # %% ../../nbs/data/19_check.ipynb #check
 def check(

@@ -176,8 +176,7 @@ def finish(draft: Draft) -> list[dict]:
             notes.append("text and call of one message made two messages")
         out.append({**{k: v for k, v in m.items() if k != "content"}, "tool_calls": [{k: v for k, v in c.items() if k != "was"} for c in calls]} if calls else m)
         if not calls or not todo: continue
-        aside = [k for k, t in enumerate(todo) if t["role"] == "assistant" and not t.get("tool_calls")][:1]
-        if aside == [0] and len(todo) > 1 and todo[1]["role"] == "tool":
+        if todo[0]["role"] == "assistant" and not todo[0].get("tool_calls") and len(todo) > 1 and todo[1]["role"] == "tool":
             todo.pop(0)
             notes.append("an answer between a call and its result left out")
         results = []
@@ -500,7 +499,9 @@ def convert(
                 out.kept += 1
                 yield found
     if to is None: out.rows = list(kept())
-    else: out.path = Path(to) if write_rows(kept(), to, overwrite) >= 0 else None
+    else:
+        write_rows(kept(), to, overwrite)
+        out.path = Path(to)
     out.notes = dict(notes.most_common())
     return out
 

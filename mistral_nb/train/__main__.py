@@ -10,7 +10,7 @@ import argparse
 import sys
 
 from ..core.config import ConfigError
-from ..data.batches import DataError
+from ..data.cache import DataError
 from ..data.schema import SampleError
 from ..data.tokens import TokenizerError
 from ..model.args import ModelError
