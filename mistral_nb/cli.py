@@ -135,7 +135,7 @@ def cmd_convert(args: argparse.Namespace) -> int:
 def cmd_cache(args: argparse.Namespace) -> int:
     "What is kept of tokenized files; --clear deletes it."
     from mistral_nb.data.cache import cached, clear_cache
-    if args.clear: print(f"freed {clear_cache(args.folder) / 1e6:,.1f} MB")
+    if args.clear: print(f"freed {clear_cache(args.folder):,} bytes")
     else: print(cached(args.folder))
     return 0
 

@@ -534,7 +534,7 @@ class Report:
         "One sentence"
         if self.problems: return "Training would refuse: " + "; ".join(self.problems)
         wrong = sum(f.rows(REPAIRED) + f.rows(REJECTED) for f in self.files)
-        return f"Training would refuse: {wrong:,} bad rows; write_corrected() writes files without them" if not self.ok else "Training can start."
+        return f"Training would refuse: {wrong:,} bad rows; write_corrected(), or --create-corrected, writes files without them" if not self.ok else "Training can start."
 
     def picture(self) -> Picture:
         "Lengths, turns, trained share, packing, mix"

@@ -453,7 +453,7 @@ def convert_row(row: Any, format: str, seed: int = 0, number: int = 0) -> tuple[
     if not isinstance(row, dict): raise Refused(f"a row is {one_line(repr(row), 40)}, not an object")
     form = FORMATS[format]
     if seen := [k for k in MEDIA if row.get(k)]: raise Refused(f"{seen[0]} holds more than text, and only text can be trained on")
-    if not form.fits(row): raise Refused(f"not a row of {format}: {form.looks}")
+    if not form.fits(row): raise Refused(f"not a row of {format} ({form.looks}): it has {one_line(', '.join(map(str, row)) or 'nothing', 60)}")
     try:
         found = _read(row, format, CallIds(seed, [number, row]))
         if isinstance(found, str): return {"text": found}, []
