@@ -80,8 +80,8 @@ def samples(path: str | Path, encoder: InstructTokenizerBase, validator: Mistral
     with open(path, encoding="utf-8") as f:
         for line in f:
             messages, system, tools = build_row(json.loads(line))
-            validator._validate_tools(tools or [])
             for part in [messages, *(beginnings(messages) if chunk and tools else [])]:
+                validator._validate_tools(tools or [])  # each beginning is a sample, validated and encoded by itself
                 validator.validate_messages(part)
                 yield encode(encoder, part, system, tools)
 
@@ -95,21 +95,26 @@ def plain_loop(path: str | Path, version: str, chunk: bool) -> Iterator[TokenLis
 PackedRow = tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]  # x and y (int64), mask (bool), sizes of the samples
 
 
+def flat(parts: list[list], dtype: type) -> np.ndarray:
+    "Lists joined element by element."
+    return np.array([element for part in parts for element in part], dtype=dtype)
+
+
 def python_list_packer(samples: Iterable[TokenLists], seq_len: int) -> Iterator[PackedRow]:
     "Full rows of `seq_len` positions in the order of the samples, which are cut at the end of a row; pieces that train nothing are left out."
-    x_row, y_row, mask_row, sizes, missing = [], [], [], [], seq_len
-    for tokens, masks in samples:
-        x, y, mask, at = tokens[:-1], tokens[1:], masks[1:], 0
+    xs, ys, masks, sizes, missing = [], [], [], [], seq_len
+    for tokens, mask in samples:
+        x, y, mask, at = tokens[:-1], tokens[1:], mask[1:], 0
         while at < len(x):
             piece, part = x[at : at + missing], mask[at : at + missing]
             size = len(piece)
             if any(part):
-                x_row.extend(piece)
-                y_row.extend(y[at : at + missing])
-                mask_row.extend(part)
+                xs.append(piece)
+                ys.append(y[at : at + missing])
+                masks.append(part)
                 sizes.append(size)
                 missing -= size
             at += size
             if not missing:
-                yield np.array(x_row, dtype=np.int64), np.array(y_row, dtype=np.int64), np.array(mask_row, dtype=bool), sizes
-                x_row, y_row, mask_row, sizes, missing = [], [], [], [], seq_len
+                yield flat(xs, np.int64), flat(ys, np.int64), flat(masks, bool), sizes
+                xs, ys, masks, sizes, missing = [], [], [], [], seq_len
