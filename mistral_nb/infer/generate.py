@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from mistral_common.protocol.instruct.messages import AssistantMessage
 from mistral_common.protocol.instruct.messages import SystemMessage
 from mistral_common.protocol.instruct.messages import ToolMessage
@@ -33,11 +34,10 @@ from ..data.schema import parse_tools
 from ..data.tokens import Tokenizer
 from .cache import KVCache
 from ..model.args import ModelError
-from ..model.lora import FILE_SCALING
 from ..model.lora import adapter_off
-from ..model.lora import attach
+from ..model.lora import attach_like
 from ..model.lora import load_adapter_state
-from ..model.lora import lora_rank
+from ..model.lora import set_whole
 from ..model.transformer import Transformer
 from ..model.weights import load_model
 
@@ -76,12 +76,12 @@ def decode(
     if max_tokens < 0: raise ValueError(f"max_tokens is {max_tokens}: give 0 or more")
     device = model.norm.weight.device
     generator = torch.Generator().manual_seed(seed) if seed is not None else None
-    cache = KVCache(model.args, len(prompts), max(map(len, prompts)) + max_tokens, model.norm.weight.dtype, device)
+    cache = KVCache(model.args, len(prompts), max(map(len, prompts)) + max_tokens, model.dtype, device)
     alive, ids = [True] * len(prompts), None
     for _ in range(max_tokens):
         with answering(model, tuned):
             h = cache.prefill(model, list(prompts)) if ids is None else cache.step(model, ids)
-            ids = choose(model.output(h).float(), temperature, top_p, generator)
+            ids = choose(F.linear(h, model.output.weight.to(h.dtype)).float(), temperature, top_p, generator)
         yield [t if a else None for t, a in zip(ids.tolist(), alive)]
         alive = [a and t != stop for a, t in zip(alive, ids.tolist())]
         if not any(alive): return
@@ -240,11 +240,13 @@ def load_tuned(
     adapter: str | Path | None = None,  # a lora.safetensors, its folder, or a checkpoint
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    quantize: str = "none",  # storage of the base's matrices: what the adapter was trained with fits best
 ) -> Transformer:
     "A model ready to chat with."
-    model = load_model(folder, dtype, device)
+    model = load_model(folder, dtype, device, quantize)
     if adapter is None: return model.eval()
-    state = load_file(adapter_file(adapter))
-    attach(model, lora_rank(state), FILE_SCALING)
-    load_adapter_state(model, state)
+    file = adapter_file(adapter)
+    state, whole = load_file(file), file.with_name("trained.safetensors")
+    load_adapter_state(attach_like(model, state), state)
+    if whole.exists(): set_whole(model, load_file(whole))
     return model.eval()

@@ -78,6 +78,8 @@ HF_NAMES = dict(dim="hidden_size", n_layers="num_hidden_layers", hidden_dim="int
 def from_hf(config: dict, name: str = "config.json") -> ModelArgs:
     "The shape in the mapping of a Hugging Face config for `mistral` or `mixtral`."
     if config.get("model_type") not in ("mistral", "mixtral"): raise ModelError(f"{name} has model_type {config.get('model_type')!r}: use a mistral or mixtral model")
+    packed = config.get("quantization_config") or {}
+    if packed and not (packed.get("quant_method") == "bitsandbytes" and packed.get("bnb_4bit_quant_type") == "nf4"): raise ModelError(f"{name} has weights packed by {packed.get('quant_method')!r}: use the model as it was before, or bitsandbytes' nf4")
     rope = config.get("rope_parameters") or {}
     scaling = config.get("rope_scaling") or rope
     if (scaling.get("rope_type") or scaling.get("type") or "default") != "default": raise ModelError(f"{name} scales rope: models of this kind cannot be trained yet")

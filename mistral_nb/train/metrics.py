@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EvalLog', 'StepLog', 'clock', 'peak_memory_gib', 'Sink', 'plain', 'JsonLines', 'read_records', 'scalars',
-           'TensorBoard', 'check_wandb', 'Wandb', 'MLFlow', 'flat']
+           'TensorBoard', 'check_wandb', 'Wandb', 'MLFlow', 'flat', 'History']
 
 # %% ../../nbs/train/34_metrics.ipynb #imports
 import json
@@ -12,13 +12,16 @@ import math
 import os
 import resource
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Iterator, Protocol
 
 import torch
 
 from ..core.config import ConfigError
+from ..core.html import Picture
+from ..core.html import Table
+from ..core.html import short_path
 
 # %% ../../nbs/train/34_metrics.ipynb #records
 @dataclass(frozen=True)
@@ -174,3 +177,36 @@ def flat(settings: dict, prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for k, v in settings.items(): out |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
     return out
+
+# %% ../../nbs/train/34_metrics.ipynb #history
+@dataclass
+class History:
+    "The records of a run, and where its last checkpoint is."
+    records: list[StepLog] = field(default_factory=list)
+    checkpoint: Path | None = None
+
+    @property
+    def evals(self) -> list[EvalLog]: return [r.eval for r in self.records if r.eval]
+
+    def table(self, rows: int = 10) -> Table:
+        "About `rows` records, evenly spaced, the last one included"
+        every = max(1, math.ceil(len(self.records) / rows))
+        some = [r for i, r in enumerate(self.records, 1) if i % every == 0 or i == len(self.records) or r.eval]
+        return Table(["step", "loss", "eval loss", "lr", "tokens/s"], [[r.step, r.loss, r.eval.loss if r.eval else "", f"{r.lr:.1e}", round(r.tokens_per_second)] for r in some])
+
+    def __str__(self) -> str: return f"{self.table()}\ncheckpoint: {short_path(self.checkpoint, 3) if self.checkpoint else None}"
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str: return self.table()._repr_html_()
+
+    def plot(self) -> Picture:
+        "The loss over the steps"
+        from matplotlib.figure import Figure
+        figure = Figure(figsize=(6, 2.8), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([r.step for r in self.records], [r.loss for r in self.records], label="train")
+        if self.evals: axes.plot([e.step for e in self.evals], [e.loss for e in self.evals], "o-", label="eval")
+        axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
+        axes.legend()
+        return Picture(figure)

@@ -7,7 +7,7 @@ __all__ = ['START', 'END', 'cycle', 'lr_at', 'beta1_at', 'adamw', 'set_schedule'
 
 # %% ../../nbs/train/31_optim.ipynb #imports
 import math
-from typing import Iterable
+from typing import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -39,14 +39,18 @@ def beta1_at(step: int, total: int, pct_start: float = 0.05) -> float:
     return cycle(step, total, pct_start, 0.95, 0.85, 0.95)
 
 # %% ../../nbs/train/31_optim.ipynb #optimizer
-def adamw(params: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.AdamW:
-    "The optimizer of a run."
-    return torch.optim.AdamW(list(params), lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay)
+def adamw(params: Mapping[str, nn.Parameter] | Iterable[nn.Parameter], lr: float, weight_decay: float, lr_ratio: float = 1.0) -> torch.optim.AdamW:
+    "The optimizer of a run; parameters named `lora_B` learn `lr_ratio` times as fast."
+    named = dict(params.items() if isinstance(params, Mapping) else enumerate(params))
+    faster = [p for n, p in named.items() if lr_ratio != 1 and ".lora_B." in str(n)]
+    quick = set(map(id, faster))
+    groups = [{"params": [p for p in named.values() if not id(p) in quick], "times": 1.0}, {"params": faster, "times": lr_ratio}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay)
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, lr: float, beta1: float = 0.9) -> None:
     "Learning rate and first coefficient of the next step."
-    for group in optimizer.param_groups: group["lr"], group["betas"] = lr, (beta1, group["betas"][1])
+    for group in optimizer.param_groups: group["lr"], group["betas"] = lr * group.get("times", 1.0), (beta1, group["betas"][1])
 
 
 def clip(params: Iterable[nn.Parameter], max_norm: float) -> float:
