@@ -23,6 +23,7 @@ def run(path: Path) -> None:
     client.execute()
     for cell in nb.cells:
         if "tags" in cell.metadata: cell.metadata.pop("tags")
+        if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]  # chatter of libraries
     nb.metadata.pop("widgets", None)
     nbformat.write(nb, path)
 

@@ -105,10 +105,10 @@ def init_pissa(model: nn.Module, seed: int) -> None:
     "Move the largest directions of each adapted matrix from the base into the adapter."
     for _, layer in sorted(adapters(model).items()):
         if layer.base.kind != "none": raise ValueError(f"a base in {layer.base.kind} cannot give directions away: use it without PiSSA, or a base without quantization")
-        a, b = top_directions(layer.base.dense(torch.float32), layer.lora_A.out_features, seed)
-        take_out(layer, a, b / layer.scaling)
+        a, b = (t / layer.scaling**0.5 for t in top_directions(layer.base.dense(torch.float32), layer.lora_A.out_features, seed))
+        take_out(layer, a, b)
         layer.lora_A.weight.copy_(a)
-        layer.lora_B.weight.copy_(b / layer.scaling)
+        layer.lora_B.weight.copy_(b)
 
 
 @torch.no_grad()
@@ -168,9 +168,9 @@ def adapter_state(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[
     "The adapter's tensors under Mistral's names, right for a loader that multiplies by 2.0; on the CPU."
     out = {}
     for name, m in adapters(model).items():
-        a, b = m.lora_A.weight.detach(), m.lora_B.weight.detach() * (m.scaling / FILE_SCALING)
-        if m.start: a, b = torch.cat([a, m.start[0]]), torch.cat([b, m.start[1] * (-m.scaling / FILE_SCALING)], 1)
-        out[f"{name}.lora_A.weight"], out[f"{name}.lora_B.weight"] = (t.to("cpu", dtype, copy=True).contiguous() for t in (a, b))
+        a, b = m.lora_A.weight.detach(), m.lora_B.weight.detach()
+        if m.start: a, b = torch.cat([a, a - m.start[0]]), torch.cat([b - m.start[1], m.start[1]], 1)  # BA - B₀A₀ without two large parts that cancel
+        out[f"{name}.lora_A.weight"], out[f"{name}.lora_B.weight"] = (t.to("cpu", dtype, copy=True).contiguous() for t in (a, b * (m.scaling / FILE_SCALING)))
         if m.lora_magnitude is not None: out[f"{name}.lora_magnitude"] = m.lora_magnitude.detach().to("cpu", torch.float32, copy=True)
     return out
 

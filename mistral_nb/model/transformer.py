@@ -110,7 +110,8 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        table = torch.empty(args.vocab_size, args.dim).uniform_(-(3**0.5), 3**0.5)  # variance 1; normal_ would import much on the meta device
+        self.tok_embeddings = nn.Embedding(*table.shape, _weight=table)
         self.layers = nn.ModuleList(Block(args, i) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)

@@ -70,10 +70,10 @@ def write_consolidated(
         note = {"lora_scaling": str(lora["scaling"]), "file_scaling": str(FILE_SCALING), "lora_rank": str(lora_rank(state))}
         save_tensors(state, file, note)
         if whole := whole_state(model): save_tensors(whole, folder / "trained.safetensors")
-        params["lora"] = {k: v for k, v in lora.items() if k in LORA_KEYS or v != getattr(LoraArgs(), k)} | {"rank": lora_rank(state)}
+        params["lora"] = {k: v for k, v in lora.items() if k in LORA_KEYS or v != getattr(LoraArgs(), k, v) and k != "rslora"} | {"rank": lora_rank(state)}
     else:
         file = folder / "consolidated.safetensors"
-        save_tensors(merged_state(model, dtype), file)
+        save_tensors({n: t for n, t in merged_state(model, dtype).items() if not (args.tied_embeddings and n == "output.weight")}, file)
     (folder / "params.json").write_text(json.dumps(params, indent=4))
     if tokenizer_file is not None: shutil.copy(tokenizer_file, folder / tokenizer_file.name)
     return file

@@ -280,7 +280,7 @@ class Trainer:
         self.history.checkpoint = folder
         self.batches.load_state(facts["data"])
         before = replace(self.plan, micro=facts["micro"], recompute=facts["recompute"])
-        if self.args.checkpoint == facts["args"]["checkpoint"] and before.memory.total <= self.plan.budget: self.plan = before  # the same cuts, to the last bit
+        if repr(self.args.checkpoint) == repr(facts["args"]["checkpoint"]) and before.memory.total <= self.plan.budget: self.plan = before  # the same cuts, to the last bit
 
     def one_step(self) -> StepLog:
         "Do the next optimizer step, without evaluation or checkpoint"

@@ -44,7 +44,7 @@ def adamw(params: Mapping[str, nn.Parameter] | Iterable[nn.Parameter], lr: float
     named = dict(params.items() if isinstance(params, Mapping) else enumerate(params))
     faster = [p for n, p in named.items() if lr_ratio != 1 and ".lora_B." in str(n)]
     quick = set(map(id, faster))
-    groups = [{"params": [p for p in named.values() if not id(p) in quick], "times": 1.0}, {"params": faster, "times": lr_ratio}]
+    groups = [{"params": [p for p in named.values() if not id(p) in quick], "lr": lr, "times": 1.0}, {"params": faster, "lr": lr * lr_ratio, "times": lr_ratio}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay)
 
 

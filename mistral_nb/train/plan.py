@@ -254,7 +254,8 @@ def plan(source=None, *overrides: str, **values) -> Plan:
     "What the run of these settings (as for `load_args`) needs, against the device that it would run on."
     args = check_paths(load_args(source, *overrides, **values))
     device = choose_device(args.device)
-    dtype = choose_dtype(args.dtype, device, args.lora.enable, file_dtype(args.model_id_or_path))
+    stored = file_dtype(args.model_id_or_path) if args.dtype == "auto" else torch.float32  # with a type given, params.json is enough
+    dtype = choose_dtype(args.dtype, device, args.lora.enable, stored)
     free, name = free_memory(device)
     budget = int(args.memory_gib * 2**30) if args.memory_gib else free
     return make_plan(args, load_model_args(args.model_id_or_path), dtype, budget, "a device of this size" if args.memory_gib else name)
