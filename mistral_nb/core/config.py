@@ -252,6 +252,9 @@ def check_lora(args: TrainArgs) -> None:
     for name, allowed in LORA_CHOICES.items():
         for value in getattr(lora, name):
             if value not in allowed: raise ConfigError(f"lora.{name}", f"there is no {value!r}", "some of " + ", ".join(allowed))
+    for name in LORA_CHOICES: setattr(lora, name, list(dict.fromkeys(getattr(lora, name))))
+    if lora.also_train and not lora.enable: raise ConfigError("lora.also_train", "is set, and lora.enable is false", "a training without adapter trains every weight")
+    if not lora.enable and args.dtype == "float16": raise ConfigError("dtype", "float16 cannot train all weights", "use float32 or bfloat16, or lora.enable: true")
     if not lora.targets: raise ConfigError("lora.targets", "is empty", "lora.enable: false trains the whole model")
     if lora.init not in ("zero", "pissa"): raise ConfigError("lora.init", f"there is no {lora.init!r}", "one of zero, pissa")
     if lora.init == "pissa" and (lora.dora or args.quantize != "none"): raise ConfigError("lora.init", "pissa changes the base's matrices", "leave lora.dora and quantize at their defaults")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['choose', 'answering', 'decode', 'generate', 'stream_text', 'Reply', 'call_id', 'parse_reply', 'Chat', 'adapter_file',
-           'load_tuned']
+           'load_tuned', 'read_file']
 
 # %% ../../nbs/infer/41_generate.ipynb #imports
 import json
@@ -25,6 +25,7 @@ from mistral_common.protocol.instruct.messages import UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.tool_calls import FunctionCall
 from mistral_common.protocol.instruct.tool_calls import ToolCall
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -246,7 +247,13 @@ def load_tuned(
     model = load_model(folder, dtype, device, quantize)
     if adapter is None: return model.eval()
     file = adapter_file(adapter)
-    state, whole = load_file(file), file.with_name("trained.safetensors")
+    state, whole = read_file(file), file.with_name("trained.safetensors")
     load_adapter_state(attach_like(model, state), state)
-    if whole.exists(): set_whole(model, load_file(whole))
+    if whole.exists(): set_whole(model, read_file(whole))
     return model.eval()
+
+
+def read_file(file: Path) -> dict[str, Tensor]:
+    "The tensors of a safetensors file; `ModelError` if it is not whole."
+    try: return load_file(file)
+    except (SafetensorError, OSError) as e: raise ModelError(f"{file} cannot be read ({e}): is it complete?") from None

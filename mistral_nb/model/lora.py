@@ -103,7 +103,8 @@ def top_directions(w: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def init_pissa(model: nn.Module, seed: int) -> None:
     "Move the largest directions of each adapted matrix from the base into the adapter."
-    for _, layer in sorted(adapters(model).items()):
+    for name, layer in sorted(adapters(model).items()):
+        if layer.lora_A.out_features > min(layer.shape): raise ValueError(f"lora.init: pissa needs a rank of at most {min(layer.shape)}, which is the smaller side of {name}")
         if layer.base.kind != "none": raise ValueError(f"a base in {layer.base.kind} cannot give directions away: use it without PiSSA, or a base without quantization")
         a, b = (t / layer.scaling**0.5 for t in top_directions(layer.base.dense(torch.float32), layer.lora_A.out_features, seed))
         take_out(layer, a, b)
@@ -135,8 +136,10 @@ def train_also(model: nn.Module, kinds: Sequence[str]) -> None:
 def set_whole(model: nn.Module, weights: Mapping[str, Tensor], train: bool = False) -> None:
     "Put whole weights in the place of the base's, which are kept for `adapter_off`."
     before = model.__dict__.setdefault("base_values", {})
+    known = dict(model.named_parameters())
     for name, w in weights.items():
-        p = model.get_parameter(name)
+        if name not in known or known[name].shape != w.shape: raise ValueError(f"whole weights do not fit the model: {name} is {tuple(w.shape)}, and {tuple(known[name].shape) if name in known else 'nothing'} there")
+        p = known[name]
         before.setdefault(name, p.detach())
         p.data = w.clone() if w.data_ptr() == p.data_ptr() else w.to(p.device)
         p.requires_grad_(train)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Stored', 'NF4_STATE', 'LAYOUTS', 'HF_KEYS', 'part_names', 'from_bitsandbytes', 'weight_files', 'read_tensors',
            'unpermute', 'unpermute_any', 'from_hf_names', 'read_ahead', 'Stacks', 'load_model', 'file_dtype',
-           'save_tensors', 'save_model', 'init_model', 'extend_vocab']
+           'stored_kind', 'names_in', 'save_tensors', 'save_model', 'init_model', 'extend_vocab']
 
 # %% ../../nbs/model/27_weights.ipynb #imports
 import json
@@ -56,7 +56,8 @@ def from_bitsandbytes(name: str, tensor: Callable[[str], Tensor], parts: set[str
         table, outer = tensor(f"{name}.nested_quant_map"), tensor(f"{name}.nested_absmax")
         scale = table[scale.int()] * outer.repeat_interleave(state["nested_blocksize"])[: len(scale)] + state["nested_offset"]
     rows, columns = state["shape"]
-    return NF4Linear(tensor(name).view(rows, columns // 2), scale.float().view(rows, columns // BLOCK), (rows, columns), getattr(torch, state["dtype"]))
+    if columns % BLOCK: raise ModelError(f"{name} has blocks that cross its rows of {columns} weights: only rows of a multiple of {BLOCK} can be read")
+    return NF4Linear(tensor(name).view(torch.uint8).view(rows, columns // 2), scale.float().view(rows, columns // BLOCK), (rows, columns), getattr(torch, state["dtype"]))
 
 # %% ../../nbs/model/27_weights.ipynb #files
 LAYOUTS = ("consolidated*.safetensors", "consolidated*.pth", "model*.safetensors")
@@ -191,7 +192,7 @@ def load_model(
     wanted = {n: tuple(p.shape) for n, p in model.named_parameters()}
     matrices = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, Linear)}
     stacks = Stacks(args) if args.moe and device.type != "cpu" and quantize == "none" else None
-    files = weight_files(folder)
+    files, quantize = weight_files(folder), stored_kind(folder, quantize)
     tensors = read_tensors(files)
     if files[0].name.startswith("model"): tensors = from_hf_names(tensors, args)
     with read_ahead(files) if device.type != "cpu" or quantize != "none" else nullcontext():
@@ -200,7 +201,6 @@ def load_model(
             if name not in wanted: raise ModelError(f"{folder}: the weights have {name}, which a model of this params.json does not")
             if (shape := wanted.pop(name)) != tuple(tensor.shape): raise ModelError(f"{folder}: {name} is {tuple(tensor.shape)} in the file and {shape} by params.json")
             if isinstance(tensor, NF4Linear):
-                if quantize not in ("none", "nf4"): raise ModelError(f"{folder} is packed in nf4 already: quantize: {quantize} would round it a second time")
                 tensor = NF4Linear(tensor.codes.detach().to(device), tensor.scale.detach().to(device), tensor.shape, dtype or tensor.dtype)
             elif quantize != "none" and name in matrices:
                 try: tensor = quantized(tensor.to(device), quantize, dtype)
@@ -215,7 +215,22 @@ def load_model(
 
 def file_dtype(folder: str | Path) -> torch.dtype:
     "The type in which the weights are stored; of a packed model, the type that it unpacks to."
-    return next(t.dtype for _, t in read_tensors(weight_files(folder)) if not isinstance(t, Tensor) or t.is_floating_point())
+    return next(t.dtype for _, t in read_tensors(weight_files(folder)) if not isinstance(t, Tensor) or t.is_floating_point() and t.dim() > 1)
+
+
+def stored_kind(folder: str | Path, quantize: str = "none") -> str:
+    "The storage that the matrices of `folder` will have; `ModelError` if they are packed already, and otherwise than asked for."
+    files = weight_files(folder)
+    if files[0].suffix != ".safetensors" or not any(n.endswith(NF4_STATE) for f in files for n in names_in(f)): return quantize
+    if quantize not in ("none", "nf4"): raise ModelError(f"{folder} is packed in nf4 already: quantize: {quantize} would round it a second time")
+    return "nf4"
+
+
+def names_in(file: Path) -> list[str]:
+    "The names of the tensors of a safetensors file."
+    try:
+        with safe_open(file, "pt") as f: return list(f.keys())
+    except SafetensorError as e: raise ModelError(f"{file} cannot be read ({e}): is its download complete?") from None
 
 # %% ../../nbs/model/27_weights.ipynb #save
 def save_tensors(state: dict[str, Tensor], file: str | Path, metadata: dict[str, str] | None = None) -> None:

@@ -110,7 +110,8 @@ def load_training_state(state: dict[str, Tensor], model: nn.Module, optimizer: t
         if f"param.{name}" not in state: raise CheckpointError(f"the checkpoint has no {name}: it is of another model or other lora settings")
         p.copy_(state[f"param.{name}"])
         moments = {k: state[f"{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in state}
-        if moments: optimizer.state[p] = {k: v.clone() if k == "step" else v.to(p.device, copy=True) for k, v in moments.items()}
+        fused = bool(optimizer.param_groups[0].get("fused"))  # then the count of steps is on the device, too
+        if moments: optimizer.state[p] = {k: v.clone() if k == "step" and not fused else v.to(p.device, copy=True) for k, v in moments.items()}
     torch.set_rng_state(state[f"rng.{rank}.cpu"])
     if f"rng.{rank}.cuda" in state and torch.cuda.is_available(): torch.cuda.set_rng_state(state[f"rng.{rank}.cuda"])
 

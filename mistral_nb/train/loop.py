@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ..core.config import ConfigError
 from ..core.config import TrainArgs
+from ..core.config import build
 from ..core.config import check_paths
 from ..core.config import load_args
 from ..core.config import save_args
@@ -53,6 +54,7 @@ from ..model.lora import train_also
 from ..model.transformer import Transformer
 from ..model.weights import file_dtype
 from ..model.weights import load_model
+from ..model.weights import stored_kind
 from . import dist
 from .checkpoint import checkpoint_dir
 from .checkpoint import checkpoints
@@ -61,8 +63,8 @@ from .checkpoint import read_facts
 from .checkpoint import rng_state
 from .checkpoint import save_checkpoint
 from .checkpoint import trained
-from .loss import loss_sum
 from .loss import perplexity
+from .loss import rows_loss
 from .metrics import EvalLog
 from .metrics import History
 from .metrics import JsonLines
@@ -83,6 +85,7 @@ from .plan import choose_device
 from .plan import choose_dtype
 from .plan import free_memory
 from .plan import gib
+from .plan import has_expanded_heads
 from .plan import make_plan
 from .stop import Interrupted
 from .stop import StopOnSignal
@@ -91,8 +94,9 @@ from .stop import StopOnSignal
 def batch_loss(model: Transformer, batch: Batch) -> torch.Tensor:
     "Sum of the cross-entropies of a batch's trained tokens."
     device = model.norm.weight.device
-    x, y, mask = (torch.from_numpy(a).to(device, non_blocking=True) for a in (batch.x, batch.y, batch.mask))
-    return loss_sum(model.packed_hidden(x, batch.seqlens), model.output.weight, y, mask)
+    at = np.flatnonzero(batch.mask)
+    x, y, at = (torch.from_numpy(a).to(device, non_blocking=True) for a in (batch.x, batch.y[at], at))
+    return rows_loss(model.packed_hidden(x, batch.seqlens), model.output.weight, y, at)
 
 
 def divisors(batches: Sequence[Batch], average: str, device: torch.device) -> list[float]:
@@ -146,7 +150,7 @@ def find_start(args: TrainArgs) -> Path | None:
 def check_same(args: TrainArgs, folder: Path, world_size: int) -> None:
     "`ConfigError` that names what differs between `args` and the run that wrote the checkpoint."
     facts, new = read_facts(folder), to_dict(args)
-    old = facts["args"]
+    old = to_dict(build(TrainArgs, facts["args"]))  # with what were no settings then
     for settings in (old, new): settings["data"] = {k: v for k, v in settings["data"].items() if k != "cache"}
     if facts["world_size"] != world_size: raise ConfigError("world_size", f"{world_size} processes run, and {facts['world_size']} ran before", "start as many again")
     for key in new.keys() - MAY_CHANGE:
@@ -164,7 +168,6 @@ def read_data(args: TrainArgs, tokenizer: Tokenizer, world_size: int = 1, progre
 
 def build_model(args: TrainArgs, dtype: torch.dtype, device: str) -> Transformer:
     "The model of a run, with its adapter or all weights trainable."
-    if not args.lora.enable and dtype == torch.float16: raise ConfigError("dtype", "float16 cannot train all weights", "use float32 or bfloat16, or lora.enable: true")
     model, lora = load_model(args.model_id_or_path, dtype, device, args.quantize), args.lora
     if not lora.enable: return model.requires_grad_(True).train()
     attach(model, lora.rank, scaling(args), lora.dropout, lora.targets, lora.dora)
@@ -244,6 +247,7 @@ class Trainer:
         begin = find_start(args)
         if begin: check_same(args, begin, self.ranks.world_size)
         if args.wandb.project: check_wandb(args.wandb.offline)
+        stored_kind(args.model_id_or_path, args.quantize)  # says early if the folder is packed otherwise
         self.model_args, self.file_dtype = load_model_args(args.model_id_or_path), file_dtype(args.model_id_or_path)
         self.tokenizer = load_tokenizer(args.model_id_or_path)
         check_vocab(self.tokenizer, self.model_args.vocab_size)
@@ -268,7 +272,7 @@ class Trainer:
         "How memory is used, for the longest sample that there is"
         a, (free, name) = self.args, free_memory(self.device)
         longest = max(int(np.minimum(d.samples.length - 1, a.seq_len).max()) for d in self.data)
-        plan = make_plan(a, self.model_args, dtype, int(a.memory_gib * 2**30) if a.memory_gib else free, name, longest)
+        plan = make_plan(a, self.model_args, dtype, int(a.memory_gib * 2**30) if a.memory_gib else free, name, longest, stored_kind(a.model_id_or_path, a.quantize), has_expanded_heads(self.device, dtype))
         if not plan.fits: warnings.warn(f"this run {plan.how()}", stacklevel=3)
         return plan
 
@@ -276,10 +280,10 @@ class Trainer:
         "Weights, optimizer and data position of a checkpoint"
         facts = load_checkpoint(folder, self.model, self.optimizer, self.ranks.rank)
         self.step = facts["step"]
-        if self.scaler: self.scaler.load_state_dict(facts["scaler"])
+        if self.scaler and facts["scaler"]: self.scaler.load_state_dict(facts["scaler"])
         self.history.checkpoint = folder
         self.batches.load_state(facts["data"])
-        before = replace(self.plan, micro=facts["micro"], recompute=facts["recompute"])
+        before = replace(self.plan, micro=facts.get("micro", self.plan.micro), recompute=facts.get("recompute", self.plan.recompute))
         if repr(self.args.checkpoint) == repr(facts["args"]["checkpoint"]) and before.memory.total <= self.plan.budget: self.plan = before  # the same cuts, to the last bit
 
     def one_step(self) -> StepLog:

@@ -40,12 +40,14 @@ def beta1_at(step: int, total: int, pct_start: float = 0.05) -> float:
 
 # %% ../../nbs/train/31_optim.ipynb #optimizer
 def adamw(params: Mapping[str, nn.Parameter] | Iterable[nn.Parameter], lr: float, weight_decay: float, lr_ratio: float = 1.0) -> torch.optim.AdamW:
-    "The optimizer of a run; parameters named `lora_B` learn `lr_ratio` times as fast."
-    named = dict(params.items() if isinstance(params, Mapping) else enumerate(params))
-    faster = [p for n, p in named.items() if lr_ratio != 1 and ".lora_B." in str(n)]
-    quick = set(map(id, faster))
-    groups = [{"params": [p for p in named.values() if not id(p) in quick], "lr": lr, "times": 1.0}, {"params": faster, "lr": lr * lr_ratio, "times": lr_ratio}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay)
+    "The optimizer of a run; parameters named `lora_B` learn `lr_ratio` times as fast, and beside an adapter no vector decays."
+    named = {str(n): p for n, p in (params.items() if isinstance(params, Mapping) else enumerate(params))}
+    adapter, groups = any(".lora_" in n for n in named), {}
+    for name, p in named.items():
+        times, decay = lr_ratio if ".lora_B." in name else 1.0, 0.0 if adapter and p.dim() == 1 else weight_decay
+        groups.setdefault((times, decay), []).append(p)
+    options = [dict(params=ps, lr=lr * times, times=times, weight_decay=decay) for (times, decay), ps in groups.items()]
+    return torch.optim.AdamW(options, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=all(p.is_cuda for p in named.values()) or None)  # fused: no copies of all moments
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, lr: float, beta1: float = 0.9) -> None:
