@@ -42,11 +42,11 @@ def main() -> int:
     options = parser.parse_args()
     from mistral_nb.core.html import Table
     from mistral_nb.demo import make_model
-    steps = 10 if options.tiny else options.steps
+    steps, sizes = (4, (50, 4)) if options.tiny else (options.steps, (2000, 100))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(folder / "model")
-        for file, n, seed in (("train.jsonl", 2000, 1), ("eval.jsonl", 100, 2)): (folder / file).write_text("".join(json.dumps(r) + "\n" for r in rows(n, seed)))
+        for file, n, seed in zip(("train.jsonl", "eval.jsonl"), sizes, (1, 2)): (folder / file).write_text("".join(json.dumps(r) + "\n" for r in rows(n, seed)))
         curves = {kind: curve(folder, kind, steps) for kind in KINDS}
     apart = {kind: c[-1] / curves["none"][-1] - 1 for kind, c in curves.items()}
     print(Table(["base", *(f"step {steps * (i + 1) // len(curves['none'])}" for i in range(len(curves["none"]))), "last, against none"],

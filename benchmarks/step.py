@@ -24,14 +24,15 @@ SHAPE = dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_ke
 TINY = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=16, intermediate_size=128, vocab_size=1024)
 ENV = dict(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore",
            HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
+MIXTURE = dict(model_type="mixtral", num_local_experts=8, num_experts_per_tok=2, intermediate_size=512)
 HF_LAYERS = dict(wq="self_attn.q_proj", wk="self_attn.k_proj", wv="self_attn.v_proj", wo="self_attn.o_proj",
                  w1="mlp.gate_proj", w2="mlp.down_proj", w3="mlp.up_proj")
 Step = Callable[[], float]
 
 
-def config(tiny: bool) -> dict:
+def config(tiny: bool, moe: bool = False) -> dict:
     "The shape of the model, as in a Hugging Face config."
-    return SHAPE | (TINY if tiny else {})
+    return SHAPE | (MIXTURE if moe else {}) | (TINY if tiny else {})
 
 
 def make_batch(docs: int, vocab: int, seed: int = 0):
@@ -46,17 +47,17 @@ def make_batch(docs: int, vocab: int, seed: int = 0):
     return pack.pack_samples([samples], sum(len(s) - 1 for s in samples))
 
 
-def make_folder(folder: Path, tiny: bool, peers: bool) -> None:
+def make_folder(folder: Path, shape: dict, peers: bool) -> None:
     "A model with random weights, in Hugging Face's layout if that is there, and the adapter's start values."
     import torch
     from mistral_nb.model import args, lora, weights
     if peers:
         from transformers import MistralConfig, MistralForCausalLM
         torch.manual_seed(0)
-        MistralForCausalLM(MistralConfig(**config(tiny))).save_pretrained(folder)
+        MistralForCausalLM(MistralConfig(**shape)).save_pretrained(folder)
     else:
-        shape = args.from_hf(config(tiny))
-        weights.save_model(weights.init_model(shape).state_dict(), shape, folder)
+        own = args.from_hf(shape)
+        weights.save_model(weights.init_model(own).state_dict(), own, folder)
     model = lora.attach(weights.load_model(folder), RANK, SCALING)
     lora.init_lora(model, 0)
     weights.save_tensors(lora.adapter_state(model), folder / "start.safetensors")
@@ -226,7 +227,7 @@ def child(part: str, folder: Path, options: argparse.Namespace) -> dict:
     passed = ["--docs", str(options.docs), "--steps", str(options.steps)] + ["--tiny"] * options.tiny
     tree = folder / "earlier" if part == EARLIER else Path(__file__).resolve().parents[1]
     if part == EARLIER: part = "ours, packed"
-    elif options.against: passed += ["--against", options.against]
+    else: passed += ["--against", options.against] * bool(options.against) + ["--moe"] * options.moe
     command = [sys.executable, str(tree / "benchmarks/step.py"), "--part", part, "--folder", str(folder), *passed]
     done = subprocess.run(command, env=env_of(tree), check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -234,7 +235,7 @@ def child(part: str, folder: Path, options: argparse.Namespace) -> dict:
 
 def run_part(options: argparse.Namespace, peers: bool) -> dict:
     "The work of a child process."
-    if options.part == "make": return make_folder(options.folder, options.tiny, peers) or {}
+    if options.part == "make": return make_folder(options.folder, config(options.tiny, options.moe), peers) or {}
     batch = make_batch(options.docs, config(options.tiny)["vocab_size"])
     if options.part != "time": return memory(options.part, options.folder, batch)
     import torch
@@ -273,13 +274,14 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each variant")
     parser.add_argument("--docs", type=int, default=10, help="documents, about 150 tokens each")
     parser.add_argument("--tiny", action="store_true", help="a quick smoke run; its ratios are not judged")
+    parser.add_argument("--moe", action="store_true", help="a mixture of 8 experts of which 2 compute; without peers")
     parser.add_argument("--against", metavar="COMMIT", help="an earlier commit to measure beside this one, for example HEAD~1")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    peers = all(find_spec(name) for name in ("transformers", "peft"))
+    peers = not options.moe and all(find_spec(name) for name in ("transformers", "peft"))
     if options.part: return print(json.dumps(run_part(options, peers))) or 0
-    if not peers: print("transformers or peft is not installed: only this package is measured\n")
+    if not (peers or options.moe): print("transformers or peft is not installed: only this package is measured\n")
     variants = [v for v in BUILD if peers or not v.startswith("HF")] + [EARLIER] * bool(options.against)
     batch = make_batch(options.docs, config(options.tiny)["vocab_size"])
     longest = max(batch.seqlens)

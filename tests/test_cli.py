@@ -94,3 +94,14 @@ def test_check(demo, write_config, tmp_path):
     assert main(["check", str(good), f"data.instruct_data={bad}.corrected"]) == 0
     assert Path(f"{bad}.corrected").read_bytes().count(b"\n") == rows.count(b"\n")
     assert main(["check", str(good), f"data.instruct_data={bad}", f"model_id_or_path={tmp_path}/none"]) == 1
+
+
+def test_plan(session, shell_env):
+    "A run against this machine, and one that does not fit"
+    folder, _ = session
+    config = folder / "plan.yaml"
+    config.write_text(f"model_id_or_path: {folder}/model\nrun_dir: {folder}/planned\ndata:\n  instruct_data: {folder}/data/train.jsonl\n")
+    assert "tokens at once, nothing recomputed" in program(shell_env, "plan", str(config)).stdout
+    small = program(shell_env, "plan", str(config), "memory_gib=0.2", "device=cpu", ok=1).stdout
+    assert "does not fit" in small and "free on CPU" in small
+    assert not (folder / "planned").exists()

@@ -68,6 +68,7 @@ def write_consolidated(
         file = folder / "lora.safetensors"
         state = adapter_state(model, dtype)
         note = {"lora_scaling": str(lora["scaling"]), "file_scaling": str(FILE_SCALING), "lora_rank": str(lora_rank(state))}
+        if packed := {m.base.kind for m in adapters(model).values()} - {"none"}: note["base"] = ", ".join(sorted(packed))  # what the adapter was trained on
         save_tensors(state, file, note)
         if whole := whole_state(model): save_tensors(whole, folder / "trained.safetensors")
         params["lora"] = {k: v for k, v in lora.items() if k in LORA_KEYS or v != getattr(LoraArgs(), k, v) and k != "rslora"} | {"rank": lora_rank(state)}

@@ -1,0 +1,30 @@
+"Each benchmark runs at its tiny size, so that it runs when somebody needs it."
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+COMMANDS = {
+    "step.py": ["--tiny", "--moe", "--steps", "1"],
+    "tokens.py": ["--tiny"],
+    "quant.py": ["--tiny"],
+    "load.py": ["--tiny", "--kinds", "none", "nf4"],
+    "gpu.py": ["--tiny", "--steps", "1", "--storages", "none", "nf4", "--parts", "experts"],
+}
+
+
+def test_every_benchmark_is_here():
+    "A new benchmark is run here, too"
+    assert set(COMMANDS) == {p.name for p in FOLDER.glob("*.py") if "argparse" in p.read_text()}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_benchmark(name):
+    "It ends well and prints a table"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, str(FOLDER / name), *COMMANDS[name]], capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "───" in done.stdout and "Error" not in done.stdout, done.stdout
