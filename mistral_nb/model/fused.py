@@ -161,7 +161,7 @@ class NormProjections(torch.autograd.Function):
         dx = norm_back(dh, x, w, r) if ctx.needs_input_grad[0] else None
         return dx, weight_back(dh, x, w, r) if ctx.needs_input_grad[1] else None, None, None, *grads
 
-
+# %% ../../nbs/model/24_fused.ipynb #add-functions
 class AddProjection(torch.autograd.Function):
     "`residual` plus a matrix of `x`."
 
@@ -196,9 +196,9 @@ class AddGated(torch.autograd.Function):
         dg, du, h = gate_back(input_back(ctx.part, dy, up, a), g, u)
         return dg, du, dy, None, *adapter_back(ctx.part, dy, up, h, low, a)
 
-
+# %% ../../nbs/model/24_fused.ipynb #turn
 class Turn(torch.autograd.Function):
-    "Rotary positions; nothing of `x` is kept, because a rotation is undone by turning back."
+    "Rotary positions."
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def weight_bytes(job: Job) -> int:
 def n_trained(job: Job) -> int:
     "Parameters that an optimizer step changes."
     a, table = job.model, job.model.vocab_size * job.model.dim
-    if job.full: return sum(n * i * o for n, i, o in linears(a).values()) + (weight_bytes(replace(job, quantize="none")) // job.size - sum(n * i * o for n, i, o in linears(a).values()))
+    if job.full: return weight_bytes(replace(job, quantize="none")) // job.size
     adapted = [v for k, v in linears(a).items() if k in job.targets]
     lora = sum(n * (job.rank * (i + o) + o * job.dora) for n, i, o in adapted)
     whole = {"norms": (2 * a.n_layers + 1) * a.dim, "embeddings": table, "output": 0 if a.tied_embeddings and "embeddings" in job.also else table}
