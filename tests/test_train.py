@@ -142,14 +142,28 @@ def test_learns(write_config, shell_env):
 
 
 def test_resume_on_two_ranks(write_config, shell_env):
-    "With dropout, each rank goes on with its own random numbers; another number of ranks is refused"
+    "With dropout, each rank goes on with its own random numbers; another number of rows in a step is refused"
     config = write_config("ranks", **FAST | dict(eval_freq=0), log_freq=1, ckpt_freq=3, num_ckpt_keep=None, lora=dict(rank=8, dropout=0.3))
     run(train_command(config, ranks=2), shell_env)
     whole = losses(config)
     shutil.rmtree(checkpoints(config.with_suffix(""))[-1])
-    assert "world_size: 1 processes run, and 2 ran before" in run(train_command(config, "resume=true"), shell_env, ok=1).stderr
+    said = run(train_command(config, "resume=true"), shell_env, ok=1).stderr
+    assert "num_microbatches: a step of 1 processes would have 1 rows, and had 2 (set it to 2)" in said
     run(train_command(config, "resume=true", ranks=2), shell_env)
     assert losses(config) == whole and len(whole) == 6
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+def test_resume_on_another_number_of_ranks(write_config, shell_env, before, after):
+    "Two ranks, or one with two micro-batches: a run that changes in the middle goes on with the same rows, within rounding"
+    config = write_config("changing", **FAST | dict(eval_freq=0), log_freq=1, ckpt_freq=3, num_ckpt_keep=None, lora=dict(rank=8))
+    many = lambda ranks: train_command(config, "resume=true", f"num_microbatches={2 // ranks}", ranks=ranks if ranks > 1 else 0)
+    run(many(before), shell_env)
+    whole, weights = losses(config), adapter(config)
+    shutil.rmtree(checkpoints(config.with_suffix(""))[-1])
+    run(many(after), shell_env)
+    assert losses(config) == pytest.approx(whole, rel=2e-5) and losses(config)[:3] == whole[:3] and len(whole) == 6
+    for name, t in adapter(config).items(): torch.testing.assert_close(t, weights[name], rtol=1e-3, atol=1e-5)
 
 
 def test_adapter_has_the_type_of_the_base_file(demo, tmp_path):

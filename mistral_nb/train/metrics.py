@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EvalLog', 'StepLog', 'clock', 'peak_memory_gib', 'Sink', 'plain', 'JsonLines', 'read_records', 'scalars',
-           'TensorBoard', 'check_wandb', 'Wandb', 'MLFlow', 'flat', 'History']
+           'TensorBoard', 'check_wandb', 'Wandb', 'MLFlow', 'flat', 'History', 'runs']
 
 # %% ../../nbs/train/34_metrics.ipynb #imports
 import json
@@ -22,6 +22,7 @@ from ..core.config import ConfigError
 from ..core.html import Picture
 from ..core.html import Table
 from ..core.html import short_path
+from .checkpoint import checkpoints
 
 # %% ../../nbs/train/34_metrics.ipynb #records
 @dataclass(frozen=True)
@@ -210,3 +211,16 @@ class History:
         axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
         axes.legend()
         return Picture(figure)
+
+# %% ../../nbs/train/34_metrics.ipynb #runs
+def runs(folder: str | Path = ".") -> Table:
+    "The runs in `folder` and below, the latest last: steps, losses, checkpoints."
+    found = sorted((p.parent for p in Path(folder).rglob("args.yaml") if (p.parent / "metrics.train.jsonl").exists()), key=lambda p: (p / "metrics.train.jsonl").stat().st_mtime)
+    rows = []
+    for run in found:
+        steps, evals = (list(read_records(run / f"metrics.{k}.jsonl")) if (run / f"metrics.{k}.jsonl").exists() else [] for k in ("train", "eval"))
+        last, kept = steps[-1] if steps else {}, checkpoints(run)
+        size = sum(f.stat().st_size for c in kept for f in c.rglob("*") if f.is_file())
+        done = f"{last.get('step', 0)} of {last.get('max_steps', '?')}"
+        rows.append([str(run.relative_to(folder)), done, last.get("loss", ""), evals[-1]["loss"] if evals else "", len(kept), kept[-1].name if kept else "", f"{size / 2**20:,.0f} MiB"])
+    return Table(["run", "steps", "loss", "eval loss", "checkpoints", "newest", "size"], rows)

@@ -1,0 +1,92 @@
+"Runs that are killed without warning, again and again, at any moment: none loses more than the steps since its last checkpoint."
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from conftest import train_command
+from mistral_nb.train.checkpoint import checkpoints
+from mistral_nb.train.checkpoint import fault
+from mistral_nb.train.metrics import read_records
+
+KILLS = {0: 8, 2: 4}  # by ranks
+SETTINGS = dict(max_steps=12, seq_len=128, batch_size=1, log_freq=1, ckpt_freq=1, no_eval=True, num_ckpt_keep=2, lora=dict(rank=8, dropout=0.2))
+
+
+def family(pid: int) -> list[int]:
+    "A process and all that it started, as far as they live"
+    children = [int(c) for t in Path(f"/proc/{pid}/task").glob("*") for c in (t / "children").read_text().split()] if Path(f"/proc/{pid}").exists() else []
+    return [pid, *(p for c in children for p in family(c))]
+
+
+def started(config, env, ranks: int) -> subprocess.Popen:
+    return subprocess.Popen(train_command(config, "resume=true", ranks=ranks), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def steps_done(run_dir: Path) -> int:
+    file = run_dir / "metrics.train.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def kill_at_random(child: subprocess.Popen, run_dir: Path, rng: random.Random) -> bool:
+    "SIGKILL for the whole family shortly after the next step, somewhere in a step or a checkpoint; False if the run had ended by then"
+    before, until = steps_done(run_dir), time.time() + 120
+    while child.poll() is None and steps_done(run_dir) in (0, before) and time.time() < until: time.sleep(0.005)
+    time.sleep(rng.uniform(0, 0.3))
+    if child.poll() is not None: return False
+    members = family(child.pid)
+    for pid in members:
+        try: os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError: pass
+    child.communicate(timeout=60)
+    return True
+
+
+def ended(pids: list[int]) -> bool: return not any(Path(f"/proc/{p}").exists() for p in pids)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes of a run in /proc")
+@pytest.mark.parametrize("ranks", KILLS)
+def test_killed_again_and_again(write_config, shell_env, ranks):
+    "Losses and adapter of a run that was killed many times are those of one that was not, to the last bit"
+    rng, kills = random.Random(ranks), 0
+    whole, cut = write_config("whole", **SETTINGS), write_config("cut", **SETTINGS)
+    assert started(whole, shell_env, ranks).wait(timeout=300) == 0
+    run_dir = cut.with_suffix("")
+    for _ in range(KILLS[ranks]):
+        kills += kill_at_random(started(cut, shell_env, ranks), run_dir, rng)
+        if steps_done(run_dir) >= SETTINGS["max_steps"]: break
+    assert kills >= 3
+    last = started(cut, shell_env, ranks)
+    _, said = last.communicate(timeout=300)
+    assert last.returncode == 0, said
+    losses = [[r["loss"] for r in read_records(c.with_suffix("") / "metrics.train.jsonl")] for c in (whole, cut)]
+    assert losses[0] == losses[1] and len(losses[0]) == SETTINGS["max_steps"]
+    folders = [checkpoints(c.with_suffix(""))[-1] for c in (whole, cut)]
+    a, b = (load_file(f / "consolidated/lora.safetensors") for f in folders)
+    assert all(a[k].equal(b[k]) for k in a) and not any(map(fault, checkpoints(run_dir)))
+    assert not list((run_dir / "checkpoints").glob("*.part"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes of a run in /proc")
+def test_one_rank_killed(write_config, shell_env):
+    "When one of two ranks dies, the job ends soon, says so, and leaves no process behind; it can be resumed"
+    config = write_config("one", **SETTINGS | dict(max_steps=2000))
+    child = started(config, shell_env, 2)
+    until = time.time() + 120
+    while steps_done(config.with_suffix("")) < 2 and time.time() < until: time.sleep(0.02)
+    members = family(child.pid)
+    ranks = [p for p in members if b"mistral_nb.train" in Path(f"/proc/{p}/cmdline").read_bytes() and b"torch.distributed.run" not in Path(f"/proc/{p}/cmdline").read_bytes()]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    _, said = child.communicate(timeout=90)
+    assert child.returncode != 0 and "SIGKILL" in said
+    until = time.time() + 10
+    while not ended(members) and time.time() < until: time.sleep(0.1)
+    assert ended(members)
+    assert not fault(checkpoints(config.with_suffix(""))[-1])
