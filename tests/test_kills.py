@@ -1,6 +1,8 @@
 "Runs that are killed without warning, again and again, at any moment: none loses more than the steps since its last checkpoint."
 import os
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -90,3 +92,20 @@ def test_one_rank_killed(write_config, shell_env):
     while not ended(members) and time.time() < until: time.sleep(0.1)
     assert ended(members)
     assert not fault(checkpoints(config.with_suffix(""))[-1])
+
+
+def test_no_room_for_a_checkpoint(write_config, shell_env):
+    "Files may not grow: training goes on, says so each time and at its end; earlier checkpoints stay, nothing half-written does, and it can be resumed"
+    config = write_config("full", **SETTINGS | dict(ckpt_freq=3))
+    run_dir = config.with_suffix("")
+    subprocess.run(train_command(config, "max_steps=12", "resume=true"), env=shell_env, check=True, capture_output=True)
+    whole = [r["loss"] for r in read_records(run_dir / "metrics.train.jsonl")]
+    for folder in checkpoints(run_dir)[1:]: shutil.rmtree(folder)
+    kept = checkpoints(run_dir)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    done = subprocess.run(train_command(config, "resume=true"), env=shell_env, capture_output=True, text=True, preexec_fn=limit, timeout=120)
+    assert done.returncode == 1 and "error: the checkpoint after step 12 could not be written" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert checkpoints(run_dir) == kept and not fault(kept[0]) and [p.name for p in (run_dir / "checkpoints").iterdir()] == [kept[0].name]
+    subprocess.run(train_command(config, "resume=true"), env=shell_env, check=True, capture_output=True)
+    assert [r["loss"] for r in read_records(run_dir / "metrics.train.jsonl")] == whole
+    assert checkpoints(run_dir)[-1].name == "checkpoint_000012"

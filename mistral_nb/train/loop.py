@@ -62,8 +62,9 @@ from .checkpoint import load_checkpoint
 from .checkpoint import newest_good
 from .checkpoint import read_facts
 from .checkpoint import rng_state
-from .checkpoint import save_checkpoint
+from .checkpoint import snapshot
 from .checkpoint import trained
+from .checkpoint import Writer
 from .loss import perplexity
 from .loss import rows_loss
 from .metrics import EvalLog
@@ -257,7 +258,7 @@ class Trainer:
         self.tokenizer = load_tokenizer(args.model_id_or_path)
         check_vocab(self.tokenizer, self.model_args.vocab_size)
         self.data, self.eval_data = read_data(args, self.tokenizer, self.ranks.world_size, self.ranks.main)
-        self.counts, self.step, self.history = PackCounts(), 0, History()
+        self.counts, self.step, self.history, self.writer = PackCounts(), 0, History(), Writer()
         self.batches = self._batches()
         torch.manual_seed(args.seed + self.ranks.rank)
         dtype = choose_dtype(args.dtype, self.device, args.lora.enable, self.file_dtype)
@@ -315,24 +316,27 @@ class Trainer:
         with StopOnSignal() as stop:
             try:
                 while self.step < self.args.max_steps:
-                    record = self._after_step(self.one_step())
+                    record = self._marked(self.one_step())
                     self.history.records.append(record)
-                    for sink in sinks:
+                    for sink in sinks:  # before the checkpoint: a step that is saved has its record
                         if self._due(self.args.log_freq): sink.log(record)
                         if record.eval: sink.log(record.eval)
+                    if record.checkpoint: self.save() if self.step == self.args.max_steps else self.begin_save()
                     yield record
                     if (why := self._agreed(stop)) and self.step < self.args.max_steps:
-                        saved = record.checkpoint or self.args.no_ckpt or self.save()
+                        saved = self.args.no_ckpt or self.save()
                         raise Interrupted(self.step, None if saved is True else Path(saved), why)
             finally:
+                self.writer.join()
+                self.history.checkpoint = self.writer.newest or self.history.checkpoint
                 for sink in sinks: sink.close()
 
     def _due(self, every: int) -> bool: return self.step == self.args.max_steps or every > 0 and self.step % every == 0
 
-    def _after_step(self, record: StepLog) -> StepLog:
-        "Evaluation and checkpoint, where they are due"
+    def _marked(self, record: StepLog) -> StepLog:
+        "With an evaluation and the folder of a checkpoint, where they are due"
         if not self.args.no_eval and self._due(self.args.eval_freq): record = replace(record, eval=self.evaluate())
-        if not self.args.no_ckpt and self._due(self.args.ckpt_freq): record = replace(record, checkpoint=str(self.save()))
+        if not self.args.no_ckpt and self._due(self.args.ckpt_freq): record = replace(record, checkpoint=str(checkpoint_dir(self.args.run_dir, self.step)))
         return record
 
     def _agreed(self, stop: StopOnSignal) -> str | None:
@@ -349,17 +353,28 @@ class Trainer:
 
     def save(self) -> Path:
         "Write a checkpoint of this moment; returns its folder"
+        folder = self.begin_save()
+        self.writer.join()
+        if error := self.writer.failed(): raise error
+        self.history.checkpoint = folder
+        dist.barrier()
+        return folder
+
+    def begin_save(self) -> Path:
+        "Copy what a checkpoint of this moment holds, and write it while training goes on; returns its folder to be"
         a = self.args
         rngs = dist.all_objects(rng_state())
-        facts = {"args": to_dict(a), "world_size": self.ranks.world_size, "scaler": self.scaler and self.scaler.state_dict(), "data": self.batches.state(), "micro": self.plan.micro, "recompute": self.plan.recompute}
+        facts = {"step": self.step, "args": to_dict(a), "world_size": self.ranks.world_size, "scaler": self.scaler and self.scaler.state_dict(), "data": self.batches.state(), "micro": self.plan.micro, "recompute": self.plan.recompute}
         if self.ranks.main:
-            save_checkpoint(
-                a.run_dir, self.step, self.model, self.optimizer, facts, a.num_ckpt_keep, rngs,
+            self.writer.join()
+            self.history.checkpoint = self.writer.newest or self.history.checkpoint
+            if error := self.writer.failed(): warnings.warn(f"{error}; trying again now", stacklevel=2)
+            files = snapshot(
+                self.model, self.optimizer, facts, rngs,
                 args=self.model_args, dtype=self.file_dtype, lora=asdict(a.lora) | {"scaling": scaling(a)}, adapters_only=a.save_adapters, tokenizer_file=self.tokenizer.file,
             )
-        dist.barrier()
-        self.history.checkpoint = checkpoint_dir(a.run_dir, self.step)
-        return self.history.checkpoint
+            self.writer.start(a.run_dir, self.step, files, a.num_ckpt_keep)
+        return checkpoint_dir(a.run_dir, self.step)
 
     def fit(self) -> History:
         "Train to the end with a progress bar; returns the records"
