@@ -176,3 +176,14 @@ def test_adapter_has_the_type_of_the_base_file(demo, tmp_path):
     assert trainer.model.norm.weight.dtype == torch.float32
     assert {t.dtype for t in load_file(folder / "consolidated/lora.safetensors").values()} == {torch.bfloat16}
     assert {t.dtype for n, t in load_file(folder / "training/state.safetensors").items() if n.startswith("param")} == {torch.float32}
+
+
+def test_out_of_memory_says_what_to_do(demo, tmp_path, monkeypatch):
+    "What was planned, how it is cut, and settings that take less (a GPU's own error cannot be had here)"
+    trainer = Trainer(demo_settings(demo, tmp_path / "run", max_steps=2, seq_len=256))
+
+    def full(*args): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB")
+    monkeypatch.setattr("mistral_nb.train.loop.train_step", full)
+    with pytest.raises(torch.OutOfMemoryError) as e: trainer.fit()
+    said = str(e.value)
+    assert said.startswith("step 1: CUDA out of memory; planned were ") and "256 tokens at once" in said and "what may help: memory_gib: " in said and "optimizer" in said

@@ -8,6 +8,7 @@ __all__ = ['Source', 'sources', 'Tokenized', 'tokenize_source', 'check_source', 
 
 # %% ../../nbs/data/17_batches.ipynb #imports
 import zlib
+from collections import deque
 from dataclasses import asdict
 from dataclasses import dataclass
 from functools import cached_property
@@ -211,6 +212,7 @@ class TrainBatches:
 
     def __init__(self, rows: Iterator[list[Piece]], samples: TokenFile, seq_len: int, batch_size: int, counts: PackCounts, rank: int = 0, world_size: int = 1):
         self.rows, self.samples, self.seq_len, self.batch_size, self.counts, self.taken = rows, samples, seq_len, batch_size, counts, 0
+        self.recent: deque[list[list[Piece]]] = deque(maxlen=1024)  # plans of the last batches
         shared = isinstance(rows, Packer)  # one order for all ranks; mistral-finetune's ranks each have their own
         self.rank, self.world_size = (rank, world_size) if shared else (0, 1)
 
@@ -220,7 +222,12 @@ class TrainBatches:
         "This rank's rows of the next batch"
         every = list(islice(self.rows, self.batch_size * self.world_size))
         self.taken += 1
-        return every[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+        self.recent.append(every[self.rank * self.batch_size : (self.rank + 1) * self.batch_size])
+        return self.recent[-1]
+
+    def samples_of(self, batches: int) -> list[int]:
+        "The numbers of the samples in the last `batches`"
+        return sorted({number for plan in list(self.recent)[-batches:] for row in plan for number, _, _, _ in row})
 
     def __next__(self) -> Batch: return fill(self.plan(), self.samples, self.seq_len)
 

@@ -9,6 +9,8 @@ __all__ = ['SPOKEN', 'run', 'main']
 import argparse
 import sys
 
+import torch
+
 from ..core.config import ConfigError
 from ..data.cache import DataError
 from ..data.schema import SampleError
@@ -20,7 +22,7 @@ from .loop import Trainer
 from .stop import Interrupted
 
 # %% ../../nbs/train/37_main.ipynb #run
-SPOKEN = (OSError, ImportError, ConfigError, DataError, SampleError, TokenizerError, ModelError, CheckpointError, FloatingPointError)
+SPOKEN = (OSError, ImportError, torch.OutOfMemoryError, ConfigError, DataError, SampleError, TokenizerError, ModelError, CheckpointError, FloatingPointError)
 
 
 def run(config: str, overrides: list[str]) -> int:
