@@ -191,18 +191,18 @@ def load_model(
     with torch.device("meta"): model = Transformer(args)
     wanted = {n: tuple(p.shape) for n, p in model.named_parameters()}
     matrices = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, Linear)}
-    stacks = Stacks(args) if args.moe and device.type != "cpu" and quantize == "none" else None
-    files, quantize = weight_files(folder), stored_kind(folder, quantize)
+    files, kind = weight_files(folder), stored_kind(folder, quantize)
+    stacks = Stacks(args) if args.moe and device.type != "cpu" and kind == "none" else None
     tensors = read_tensors(files)
     if files[0].name.startswith("model"): tensors = from_hf_names(tensors, args)
-    with read_ahead(files) if device.type != "cpu" or quantize != "none" else nullcontext():
+    with read_ahead(files) if device.type != "cpu" or kind != "none" else nullcontext():
         for name, tensor in tensors:
             if args.tied_embeddings and name == "output.weight": continue
             if name not in wanted: raise ModelError(f"{folder}: the weights have {name}, which a model of this params.json does not")
             if (shape := wanted.pop(name)) != tuple(tensor.shape): raise ModelError(f"{folder}: {name} is {tuple(tensor.shape)} in the file and {shape} by params.json")
             if isinstance(tensor, NF4Linear):
                 tensor = NF4Linear(tensor.codes.detach().to(device), tensor.scale.detach().to(device), tensor.shape, dtype or tensor.dtype)
-            elif quantize != "none" and name in matrices:
+            elif quantize != "none" and name in matrices:  # what a packed folder has left unpacked stays so, unless asked for
                 try: tensor = quantized(tensor.to(device), quantize, dtype)
                 except ValueError as e: raise ModelError(f"{folder}: {name}: {e}") from None
             elif stacks and ".experts." in name: tensor = stacks.put(name, tensor.to(dtype=dtype or tensor.dtype), device)
