@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from mistral_nb.core.config import load_args
@@ -42,3 +43,12 @@ def train_command(config: Path, *overrides: str, ranks: int = 0) -> list[str]:
     "The shell command of a run, under torchrun if `ranks`"
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
     return [sys.executable, *launcher, "-m", "mistral_nb.train", str(config), *overrides]
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    "On matrices this small, threads would mostly wait for each other"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

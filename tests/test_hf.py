@@ -34,13 +34,7 @@ ATTENTION = dict(wq="q_proj", wk="k_proj", wv="v_proj", wo="o_proj")
 FEED_FORWARD = dict(w1="gate_proj", w2="down_proj", w3="up_proj")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "On matrices this small, threads would mostly wait for each other"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def close(mine: torch.Tensor, theirs: torch.Tensor, what: str) -> None:

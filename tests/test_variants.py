@@ -31,13 +31,7 @@ RANK, SCALING = 4, 1.5
 CLOSE = dict(rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "On matrices this small, threads would mostly wait for each other"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def close(mine: torch.Tensor, theirs: torch.Tensor, **kw) -> None: torch.testing.assert_close(mine.detach(), theirs.detach(), **CLOSE | kw)

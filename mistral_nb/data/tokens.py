@@ -10,7 +10,6 @@ __all__ = ['BUNDLED', 'RELEASED', 'WHY', 'START', 'TRAINED', 'SYSTEM', 'QUESTION
            'agreement', 'certify', 'server_agreement', 'template_agreement']
 
 # %% ../../nbs/data/13_tokens.ipynb #imports
-import json
 from dataclasses import dataclass
 from dataclasses import replace
 from functools import lru_cache

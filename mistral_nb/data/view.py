@@ -8,7 +8,6 @@ __all__ = ['STYLE', 'ANSI', 'LABEL', 'TokenView', 'token_bytes', 'token_texts', 
            'packings', 'draw_packing', 'draw_mixing', 'overview']
 
 # %% ../../nbs/data/18_view.ipynb #imports
-import json
 import sys
 from codecs import getincrementaldecoder
 from dataclasses import dataclass

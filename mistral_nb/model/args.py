@@ -11,8 +11,6 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from ..core.html import Table
-
 # %% ../../nbs/model/20_args.ipynb #args
 class ModelError(ValueError):
     "A model folder that cannot be used; says which file and what to do."

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch import nn
 
+from .args import ModelError
 from .quant import Linear
 
 # %% ../../nbs/model/23_lora.ipynb #linear
@@ -104,8 +105,8 @@ def top_directions(w: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
 def init_pissa(model: nn.Module, seed: int) -> None:
     "Move the largest directions of each adapted matrix from the base into the adapter."
     for name, layer in sorted(adapters(model).items()):
-        if layer.lora_A.out_features > min(layer.shape): raise ValueError(f"lora.init: pissa needs a rank of at most {min(layer.shape)}, which is the smaller side of {name}")
-        if layer.base.kind != "none": raise ValueError(f"a base in {layer.base.kind} cannot give directions away: use it without PiSSA, or a base without quantization")
+        if layer.lora_A.out_features > min(layer.shape): raise ModelError(f"lora.init: pissa needs a rank of at most {min(layer.shape)}, which is the smaller side of {name}")
+        if layer.base.kind != "none": raise ModelError(f"a base in {layer.base.kind} cannot give directions away: use it without PiSSA, or a base without quantization")
         a, b = (t / layer.scaling**0.5 for t in top_directions(layer.base.dense(torch.float32), layer.lora_A.out_features, seed))
         take_out(layer, a, b)
         layer.lora_A.weight.copy_(a)

@@ -150,9 +150,11 @@ def fault(folder: Path) -> str:
 
 def newest_good(run_dir: str | Path) -> Path | None:
     "The newest checkpoint whose files are those that were written; each newer one is named in a warning."
-    for folder in reversed(checkpoints(run_dir)):
+    found = checkpoints(run_dir)
+    for folder in reversed(found):
         if not (why := fault(folder)): return folder
         warnings.warn(f"{folder} is passed over: {why}", stacklevel=2)
+    if found: raise CheckpointError(f"none of the {len(found)} checkpoints in {run_dir} is whole: copy them again, or move the folder away to begin anew")
     return None
 
 

@@ -8,7 +8,6 @@ __all__ = ['MAY_CHANGE', 'batch_loss', 'divisors', 'NotFinite', 'train_step', 'm
            'follow']
 
 # %% ../../nbs/train/36_loop.ipynb #imports
-import json
 import math
 import sys
 import time
@@ -58,7 +57,6 @@ from ..model.weights import load_model
 from ..model.weights import stored_kind
 from . import dist
 from .checkpoint import checkpoint_dir
-from .checkpoint import checkpoints
 from .checkpoint import load_checkpoint
 from .checkpoint import newest_good
 from .checkpoint import read_facts

@@ -215,6 +215,7 @@ class History:
 # %% ../../nbs/train/34_metrics.ipynb #runs
 def runs(folder: str | Path = ".") -> Table:
     "The runs in `folder` and below, the latest last: steps, losses, checkpoints."
+    if not Path(folder).is_dir(): raise FileNotFoundError(f"{folder} is not a folder: give one with runs in it or below")
     found = sorted((p.parent for p in Path(folder).rglob("args.yaml") if (p.parent / "metrics.train.jsonl").exists()), key=lambda p: (p / "metrics.train.jsonl").stat().st_mtime)
     rows = []
     for run in found:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAFE', 'WORTH', 'choose_device', 'choose_dtype', 'Job', 'weight_bytes', 'n_trained', 'saved_bytes', 'live_bytes',
            'unpacked_bytes', 'Memory', 'loss_bytes', 'memory', 'most_tokens', 'fit', 'free_memory', 'job_of',
-           'has_expanded_heads', 'Plan', 'gib', 'make_plan', 'advice', 'plan', 'elsewhere_dtype']
+           'has_expanded_heads', 'Plan', 'gib', 'layers_asked_for', 'make_plan', 'advice', 'plan', 'elsewhere_dtype']
 
 # %% ../../nbs/train/35_plan.ipynb #imports
 import os
@@ -238,11 +238,18 @@ def gib(n: float) -> float:
     return round(n / 2**30, 2)
 
 
+def layers_asked_for(checkpoint: bool | int | str, n_layers: int) -> int | None:
+    "How many layers the setting `checkpoint` recomputes; None leaves it to the plan."
+    if checkpoint == "auto": return None
+    if isinstance(checkpoint, bool): return n_layers if checkpoint else 0
+    return min(checkpoint, n_layers)
+
+
 def make_plan(args: TrainArgs, model: ModelArgs, dtype: torch.dtype, budget: int, device: str, longest: int | None = None, storage: str | None = None, expanded: bool = False) -> Plan:
     "The plan for samples of at most `longest` tokens."
     job, tokens = job_of(args, model, dtype, storage, expanded), args.seq_len * args.batch_size
     longest = min(longest or args.seq_len, args.seq_len)
-    fixed = {True: model.n_layers, False: 0}.get(args.checkpoint if isinstance(args.checkpoint, bool) else None, None if args.checkpoint == "auto" else min(int(args.checkpoint), model.n_layers) if not isinstance(args.checkpoint, bool) else None)
+    fixed = layers_asked_for(args.checkpoint, model.n_layers)
     found = fit(job, int(SAFE * budget), tokens, longest, fixed)
     if found: return Plan(job, budget, device, tokens, *found, True)
     smallest = longest, model.n_layers if fixed is None else fixed

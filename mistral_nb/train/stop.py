@@ -6,7 +6,6 @@
 __all__ = ['Interrupted', 'StopOnSignal']
 
 # %% ../../nbs/train/29_stop.ipynb #imports
-import os
 import signal
 import threading
 from pathlib import Path
