@@ -22,8 +22,12 @@ SETTINGS = dict(max_steps=12, seq_len=128, batch_size=1, log_freq=1, ckpt_freq=1
 
 def family(pid: int) -> list[int]:
     "A process and all that it started, as far as they live"
-    children = [int(c) for t in Path(f"/proc/{pid}/task").glob("*") for c in (t / "children").read_text().split()] if Path(f"/proc/{pid}").exists() else []
-    return [pid, *(p for c in children for p in family(c))]
+    found = [pid]
+    for thread in Path(f"/proc/{pid}/task").glob("*"):
+        try: children = (thread / "children").read_text().split()
+        except OSError: continue  # it ended meanwhile
+        for child in children: found += family(int(child))
+    return found
 
 
 def started(config, env, ranks: int) -> subprocess.Popen:
