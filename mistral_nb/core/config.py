@@ -120,6 +120,9 @@ class TrainArgs:
     quantize: str = "none"  # storage of the frozen matrices: none, nf4, int8 or fp8
     memory_gib: Optional[float] = None  # memory to plan with on each device; null is what is free
     device: str = "auto"  # auto, cpu, cuda
+    placement: str = "auto"  # of the model on several devices; replicate: on each, shard: its rows divided among all, hybrid: among those of a node; auto: replicate if it fits
+    skip_not_finite: int = 0  # steps that may be left out because their loss is not finite, before one stops the run
+    timeout_minutes: float = 30.0  # a step that takes longer ends the run with the traceback of the rank that hangs
     tensorboard: bool = False  # also write TensorBoard events
     resume: bool = False  # go on from the newest checkpoint in run_dir
 
@@ -200,8 +203,8 @@ def parse_sources(text: str, name: str = "data") -> list[SourcePath]:
     return out
 
 # %% ../../nbs/core/01_config.ipynb #check
-POSITIVE = "seq_len batch_size num_microbatches max_steps log_freq max_norm".split()
-CHOICES = dict(packing=("best_fit", "mistral"), loss_average=("tokens", "microbatches"), dtype=("auto", "bfloat16", "float16", "float32"), quantize=("none", "nf4", "int8", "fp8"))
+POSITIVE = "seq_len batch_size num_microbatches max_steps log_freq max_norm timeout_minutes".split()
+CHOICES = dict(packing=("best_fit", "mistral"), loss_average=("tokens", "microbatches"), dtype=("auto", "bfloat16", "float16", "float32"), quantize=("none", "nf4", "int8", "fp8"), placement=("auto", "replicate", "shard", "hybrid"))
 LORA_CHOICES = dict(targets=("wq", "wk", "wv", "wo", "w1", "w2", "w3"), also_train=("norms", "embeddings", "output"))
 LONG_ROWS = ("split", "truncate_left", "drop", "error")
 
@@ -216,7 +219,7 @@ def check(args: TrainArgs) -> TrainArgs:
         if getattr(args, name) not in allowed: raise ConfigError(name, f"there is no {getattr(args, name)!r}", "one of " + ", ".join(allowed))
     if args.data.long_rows not in LONG_ROWS: raise ConfigError("data.long_rows", f"there is no {args.data.long_rows!r}", "one of " + ", ".join(LONG_ROWS))
     if args.data.long_rows != "split" and args.packing == "mistral": raise ConfigError("data.long_rows", "packing: mistral cuts every sample where a row ends", "use packing: best_fit")
-    for name in ("eval_freq", "ckpt_freq", "seed"):
+    for name in ("eval_freq", "ckpt_freq", "seed", "skip_not_finite"):
         if getattr(args, name) < 0: raise ConfigError(name, f"{getattr(args, name)} is negative")
     if args.seed >= 2**32: raise ConfigError("seed", f"{args.seed} is too large", "at most 4294967295")
     if "@" in (args.mlflow.tracking_uri or "").partition("://")[2].partition("/")[0]:

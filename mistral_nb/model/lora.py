@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TARGETS', 'FILE_SCALING', 'LoRALinear', 'attach', 'adapters', 'init_lora', 'top_directions', 'init_pissa', 'take_out',
            'kind_of', 'train_also', 'set_whole', 'whole_state', 'adapter_off', 'adapter_state', 'load_adapter_state',
-           'lora_rank', 'attach_like', 'merged_state']
+           'lora_rank', 'attach_like', 'merged_tensors', 'merged_state']
 
 # %% ../../nbs/model/23_lora.ipynb #imports
 import math
@@ -19,6 +19,10 @@ from torch import nn
 
 from .args import ModelError
 from .quant import Linear
+from .quant import all_rows
+from .quant import is_shared
+from .quant import local
+from .quant import own_rows
 
 # %% ../../nbs/model/23_lora.ipynb #linear
 class LoRALinear(nn.Module):
@@ -117,9 +121,11 @@ def init_pissa(model: nn.Module, seed: int) -> None:
 def take_out(layer: LoRALinear, a: Tensor, b: Tensor) -> None:
     "Subtract `scaling * b a` from the base, after putting back what was taken out before; the same again changes nothing."
     if layer.start and layer.start[0].equal(a) and layer.start[1].equal(b): return
-    whole = layer.base.dense(torch.float32) + (layer.scaling * layer.start[1] @ layer.start[0] if layer.start else 0)
+    full = layer.base.dense(torch.float32) + (layer.scaling * layer.start[1] @ layer.start[0] if layer.start else 0)
     layer.start = (a.clone(), b.clone())
-    layer.base.weight = nn.Parameter((whole - layer.scaling * b @ a).to(layer.base.weight.dtype), requires_grad=False)
+    rest = (full - layer.scaling * b @ a).to(layer.base.weight.dtype)
+    if is_shared(layer.base.weight): local(layer.base.weight).copy_(rest[own_rows(layer.base.weight)])
+    else: layer.base.weight = nn.Parameter(rest, requires_grad=False)
 
 # %% ../../nbs/model/23_lora.ipynb #also
 def kind_of(name: str) -> str:
@@ -207,13 +213,16 @@ def attach_like(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
 
 # %% ../../nbs/model/23_lora.ipynb #merge
 @torch.no_grad()
-def merged_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    "All weights of the model with the adapter added in float32, under the names of a model without one; on the CPU."
-    out = {}
+def merged_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    "Name and weight, one after the other, of the model with the adapter added in float32, as a model without one has them; on the CPU."
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear): out[f"{name}.weight"] = module.merged().to("cpu", dtype or module.base.dtype)
-        elif isinstance(module, Linear):
-            if not name.endswith(".base"): out[f"{name}.weight"] = module.dense().to("cpu", dtype or module.dtype)
-        elif ".lora_" not in name:
-            for leaf, p in module.named_parameters(recurse=False): out[f"{name}.{leaf}"] = p.detach().to("cpu", dtype or p.dtype)
-    return {n: t.contiguous() for n, t in out.items()}
+        if isinstance(module, LoRALinear): found = {"weight": module.merged()}
+        elif isinstance(module, Linear): found = {} if name.endswith(".base") else {"weight": module.dense()}
+        else: found = {} if ".lora_" in name else {leaf: all_rows(p.detach()) for leaf, p in module.named_parameters(recurse=False)}
+        own = getattr(module, "base", module)
+        for leaf, t in found.items(): yield f"{name}.{leaf}", t.to("cpu", dtype or (own.dtype if isinstance(own, Linear) else t.dtype)).contiguous()
+
+
+def merged_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    "All of them at once."
+    return dict(merged_tensors(model, dtype))

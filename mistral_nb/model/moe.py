@@ -167,5 +167,5 @@ def plain_mixture(h: Tensor, share: Tensor, chosen: Tensor, experts: Sequence[nn
     out = torch.zeros_like(h)
     for i, e in enumerate(experts):
         token, rank = torch.where(chosen == i)
-        if len(token): out = out.index_add(0, token, e.w2(F.silu(e.w1(h[token])) * e.w3(h[token])) * share[token, rank, None].to(h.dtype))
+        out = out.index_add(0, token, e.w2(F.silu(e.w1(h[token])) * e.w3(h[token])) * share[token, rank, None].to(h.dtype))
     return out

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Stored', 'NF4_STATE', 'LAYOUTS', 'HF_KEYS', 'part_names', 'from_bitsandbytes', 'weight_files', 'read_tensors',
-           'unpermute', 'unpermute_any', 'from_hf_names', 'read_ahead', 'Stacks', 'load_model', 'file_dtype',
-           'stored_kind', 'names_in', 'save_tensors', 'save_model', 'init_model', 'extend_vocab']
+           'own_name', 'unpermute', 'unpermute_any', 'from_hf_names', 'read_ahead', 'Stacks', 'share_out', 'rows_for',
+           'some_rows', 'load_model', 'file_dtype', 'stored_kind', 'packed_names', 'names_in', 'save_tensors',
+           'save_model', 'init_model', 'extend_vocab']
 
 # %% ../../nbs/model/27_weights.ipynb #imports
 import json
@@ -34,6 +35,10 @@ from .args import to_params
 from .quant import BLOCK
 from .quant import Linear
 from .quant import NF4Linear
+from .quant import Packed
+from .quant import is_shared
+from .quant import local
+from .quant import own_rows
 from .quant import quantized
 from .transformer import Transformer
 
@@ -112,6 +117,11 @@ HF_KEYS = [
 ]
 
 
+def own_name(name: str) -> str:
+    "Mistral's name for a Hugging Face tensor; any other name stays."
+    return next((new for pattern, to in HF_KEYS if (new := re.sub("^" + pattern, to, name)) != name), name)
+
+
 def unpermute(w: Tensor, head_dim: int) -> Tensor:
     "Rows of a Hugging Face `q` or `k` projection in Mistral's order."
     return w.view(-1, 2, head_dim // 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
@@ -132,10 +142,7 @@ def from_hf_names(tensors: Iterator[tuple[str, Stored]], args: ModelArgs) -> Ite
                 if m[2] == "down_proj": yield f"{at}.w2.weight", w
                 else: yield from zip((f"{at}.w1.weight", f"{at}.w3.weight"), w.chunk(2))
             continue
-        for pattern, new in HF_KEYS:
-            mine, n = re.subn("^" + pattern, new, name)
-            if n: break
-        else: raise ModelError(f"unknown tensor {name} in a Hugging Face file")
+        if (mine := own_name(name)) == name: raise ModelError(f"unknown tensor {name} in a Hugging Face file")
         yield mine, unpermute_any(t, args.head_dim) if re.search(r"attention\.w[qk]\.", mine) else t
 
 # %% ../../nbs/model/27_weights.ipynb #ahead
@@ -158,9 +165,13 @@ def read_ahead(files: list[Path], size: int = 1 << 24) -> Iterator[None]:
 
 # %% ../../nbs/model/27_weights.ipynb #load
 def _place(model: nn.Module, name: str, tensor: Stored) -> None:
-    "Replace the meta parameter `name` by a real one, or its module by a packed one"
+    "Replace the meta parameter `name` by a real one, or its module by a packed one; rows of a shared one are written into it"
     parent, _, leaf = name.rpartition(".")
-    if isinstance(tensor, Tensor): setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
+    module = model.get_submodule(parent)
+    there = [module.codes, module.scale] if isinstance(module, Packed) else [getattr(module, leaf)]
+    if is_shared(there[0]):
+        for t, new in zip(there, [tensor] if isinstance(tensor, Tensor) else [tensor.codes, tensor.scale]): local(t.detach()).copy_(new.detach())
+    elif isinstance(tensor, Tensor): setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
     else:
         holder, _, child = parent.rpartition(".")
         setattr(model.get_submodule(holder), child, tensor)
@@ -180,11 +191,33 @@ class Stacks:
         return self.rooms[key][int(number)].copy_(tensor)
 
 
+def share_out(model: nn.Module, place: Callable[[nn.Module], None], packed: dict[str, str], dtype: torch.dtype, device: torch.device) -> None:
+    "Have `place` divide the rows of a model on the meta device, whose matrices `packed` will be in those storages, and make room for this process's."
+    model.to(dtype).requires_grad_(False)
+    for name, kind in packed.items(): _place(model, name, quantized(model.get_parameter(name), kind, dtype))
+    place(model)
+    model.to_empty(device=device)
+
+
+def rows_for(model: nn.Module, name: str) -> slice:
+    "Which rows of a file's `name` this process keeps."
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    return own_rows(module.codes if isinstance(module, Packed) else getattr(module, leaf))
+
+
+def some_rows(t: Stored, rows: slice) -> Stored:
+    "Some rows of what a file has."
+    if isinstance(t, Tensor): return t[rows]
+    return NF4Linear(t.codes.detach()[rows], t.scale.detach()[rows], (len(t.codes[rows]), t.shape[1]), t.dtype)
+
+
 def load_model(
     folder: str | Path,  # with params.json or config.json, and the weights
     dtype: torch.dtype | None = None,  # None keeps the file's
     device: str | torch.device = "cpu",
     quantize: str = "none",  # storage of the blocks' matrices: none, nf4, fp8, int8
+    place: Callable[[nn.Module], None] | None = None,  # divides the rows among processes, see train.dist
 ) -> Transformer:
     "The frozen model in `folder`; `ModelError` names what is missing or does not fit."
     args, device = load_model_args(folder), torch.device(device)
@@ -192,14 +225,16 @@ def load_model(
     wanted = {n: tuple(p.shape) for n, p in model.named_parameters()}
     matrices = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, Linear)}
     files, kind = weight_files(folder), stored_kind(folder, quantize)
-    stacks = Stacks(args) if args.moe and device.type != "cpu" and kind == "none" else None
+    stacks = Stacks(args) if args.moe and device.type != "cpu" and kind == "none" and not place else None
+    if place: share_out(model, place, {n: kind for n in (matrices if quantize != "none" else matrices & packed_names(files))}, dtype or file_dtype(folder), device)
     tensors = read_tensors(files)
     if files[0].name.startswith("model"): tensors = from_hf_names(tensors, args)
-    with read_ahead(files) if device.type != "cpu" or kind != "none" else nullcontext():
+    with read_ahead(files) if (device.type != "cpu" or kind != "none") and not place else nullcontext():
         for name, tensor in tensors:
             if args.tied_embeddings and name == "output.weight": continue
             if name not in wanted: raise ModelError(f"{folder}: the weights have {name}, which a model of this params.json does not")
             if (shape := wanted.pop(name)) != tuple(tensor.shape): raise ModelError(f"{folder}: {name} is {tuple(tensor.shape)} in the file and {shape} by params.json")
+            if place: tensor = some_rows(tensor, rows_for(model, name))
             if isinstance(tensor, NF4Linear):
                 tensor = NF4Linear(tensor.codes.detach().to(device), tensor.scale.detach().to(device), tensor.shape, dtype or tensor.dtype)
             elif quantize != "none" and name in matrices:  # what a packed folder has left unpacked stays so, unless asked for
@@ -221,9 +256,14 @@ def file_dtype(folder: str | Path) -> torch.dtype:
 def stored_kind(folder: str | Path, quantize: str = "none") -> str:
     "The storage that the matrices of `folder` will have; `ModelError` if they are packed already, and otherwise than asked for."
     files = weight_files(folder)
-    if files[0].suffix != ".safetensors" or not any(n.endswith(NF4_STATE) for f in files for n in names_in(f)): return quantize
+    if not packed_names(files): return quantize
     if quantize not in ("none", "nf4"): raise ModelError(f"{folder} is packed in nf4 already: quantize: {quantize} would round it a second time")
     return "nf4"
+
+
+def packed_names(files: list[Path]) -> set[str]:
+    "The matrices that bitsandbytes has packed, under Mistral's names."
+    return {own_name(n.removesuffix(NF4_STATE)) for f in files if f.suffix == ".safetensors" for n in names_in(f) if n.endswith(NF4_STATE)}
 
 
 def names_in(file: Path) -> list[str]:

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LORA_KEYS', 'Files', 'SUMS', 'CheckpointError', 'checkpoint_dir', 'checkpoints', 'consolidated_files', 'put',
-           'trained', 'rng_state', 'training_state', 'load_training_state', 'digests', 'fault', 'newest_good', 'settle',
-           'settle_one', 'snapshot', 'write_checkpoint', 'Writer', 'read_facts', 'load_checkpoint', 'adapter_scaling']
+           'trained', 'rng_state', 'training_tensors', 'training_state', 'shared_as', 'load_training_state', 'digests',
+           'fault', 'newest_good', 'settle', 'settle_one', 'snapshot', 'write_checkpoint', 'Writer', 'read_facts',
+           'load_checkpoint', 'adapter_scaling']
 
 # %% ../../nbs/train/33_checkpoint.ipynb #imports
 import hashlib
@@ -14,9 +15,10 @@ import os
 import re
 import shutil
 import warnings
+from itertools import chain
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Iterator
 
 import torch
 from safetensors import SafetensorError
@@ -33,8 +35,13 @@ from ..model.lora import adapter_state
 from ..model.lora import adapters
 from ..model.lora import lora_rank
 from ..model.lora import merged_state
+from ..model.lora import merged_tensors
 from ..model.lora import take_out
 from ..model.lora import whole_state
+from ..model.quant import all_rows
+from ..model.quant import is_shared
+from ..model.quant import local
+from ..model.quant import own_rows
 from ..model.weights import save_tensors
 
 # %% ../../nbs/train/33_checkpoint.ipynb #names
@@ -100,14 +107,25 @@ def rng_state() -> dict[str, Tensor]:
     return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
-def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, rngs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    "All tensors that the next step depends on; `rngs` has the generators' states of every rank."
-    out = {f"rng.{rank}.{kind}": t for rank, states in enumerate(rngs) for kind, t in states.items()}
+def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    "Name and value of all that the next step depends on, the random generators apart; on the CPU, and whole."
     for name, layer in adapters(model).items():
-        if layer.start: out[f"start_A.{name}"], out[f"start_B.{name}"] = (t.cpu() for t in layer.start)
+        if layer.start: yield from zip((f"start_A.{name}", f"start_B.{name}"), (t.cpu() for t in layer.start))
     for name, p in trained(model).items():
-        out[f"param.{name}"] = p.detach().cpu()
-        for key, value in optimizer.state.get(p, {}).items(): out[f"{key}.{name}"] = value.detach().cpu()
+        yield f"param.{name}", all_rows(p.detach()).cpu()
+        for key, value in optimizer.state.get(p, {}).items(): yield f"{key}.{name}", all_rows(value.detach()).cpu()
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, rngs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    "The same at once; `rngs` has the generators' states of every rank."
+    return {f"rng.{rank}.{kind}": t for rank, states in enumerate(rngs) for kind, t in states.items()} | dict(training_tensors(model, optimizer))
+
+
+def shared_as(like: Tensor, t: Tensor) -> Tensor:
+    "A copy of `t` where `like` is: on its device, of its rows."
+    if not is_shared(like): return t.to(like.device, copy=True)
+    out = torch.empty_like(like, dtype=t.dtype)
+    local(out).copy_(t[own_rows(like)])
     return out
 
 
@@ -119,10 +137,10 @@ def load_training_state(state: dict[str, Tensor], model: nn.Module, optimizer: t
         if layer.start: take_out(layer, *(state[f"start_{k}.{name}"].to(layer.start[0].device) for k in "AB"))
     for name, p in params.items():
         if f"param.{name}" not in state: raise CheckpointError(f"the checkpoint has no {name}: it is of another model or other lora settings")
-        p.copy_(state[f"param.{name}"])
+        local(p).copy_(state[f"param.{name}"][own_rows(p)])
         moments = {k: state[f"{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in state}
         fused = bool(optimizer.param_groups[0].get("fused"))  # then the count of steps is on the device, too
-        if moments: optimizer.state[p] = {k: v.clone() if k == "step" and not fused else v.to(p.device, copy=True) for k, v in moments.items()}
+        if moments: optimizer.state[p] = {k: v.to(p.device if fused else "cpu", copy=True) if k == "step" else shared_as(p.detach(), v) for k, v in moments.items()}
     if f"rng.{rank}.cpu" not in state: return  # there are more ranks than there were: this one draws from its own seed
     torch.set_rng_state(state[f"rng.{rank}.cpu"])
     if f"rng.{rank}.cuda" in state and torch.cuda.is_available(): torch.cuda.set_rng_state(state[f"rng.{rank}.cuda"])
@@ -176,10 +194,14 @@ def snapshot(
     optimizer: torch.optim.Optimizer,
     facts: dict[str, Any],  # goes into state.json, the step among them
     rngs: list[dict[str, Tensor]] | None = None,  # of every rank; this process's without it
+    keep: bool = True,  # false in a process that only gives its rows of a shared model
     **consolidated: Any,  # arguments of consolidated_files
 ) -> Files:
-    "The files of a checkpoint, as copies that training no longer changes."
-    changing = {p.untyped_storage().data_ptr() for p in trained(model).values()}
+    "The files of a checkpoint, as copies that training no longer changes; all processes that share a model call it at once."
+    if not keep:
+        for _ in chain(() if consolidated["adapters_only"] else merged_tensors(model, consolidated["dtype"]), training_tensors(model, optimizer)): pass
+        return {}
+    changing = {local(p).untyped_storage().data_ptr() for p in trained(model).values()}
     still = lambda t: t.clone() if t.untyped_storage().data_ptr() in changing else t
     files = {f"consolidated/{n}": ({k: still(t) for k, t in c[0].items()}, c[1]) if isinstance(c, tuple) else c for n, c in consolidated_files(model, **consolidated).items()}
     state = {k: t.clone() for k, t in training_state(model, optimizer, rngs or [rng_state()]).items()}

@@ -12,6 +12,8 @@ from typing import Iterable, Mapping
 import torch
 from torch import nn
 
+from ..model.quant import all_rows
+
 # %% ../../nbs/train/31_optim.ipynb #schedule
 START, END = 1 / 25, 1 / 250_000  # of the peak
 
@@ -57,4 +59,4 @@ def set_schedule(optimizer: torch.optim.Optimizer, lr: float, beta1: float = 0.9
 
 def clip(params: Iterable[nn.Parameter], max_norm: float) -> float:
     "Scale all gradients down to a joint norm of `max_norm` if it is larger; returns the norm before."
-    return nn.utils.clip_grad_norm_(list(params), max_norm).item()
+    return all_rows(nn.utils.clip_grad_norm_(list(params), max_norm)).item()

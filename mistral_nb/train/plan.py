@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SAFE', 'WORTH', 'choose_device', 'choose_dtype', 'Job', 'weight_bytes', 'n_trained', 'saved_bytes', 'live_bytes',
-           'unpacked_bytes', 'Memory', 'loss_bytes', 'memory', 'most_tokens', 'fit', 'free_memory', 'job_of',
-           'has_expanded_heads', 'Plan', 'gib', 'layers_asked_for', 'make_plan', 'advice', 'plan', 'elsewhere_dtype']
+           'unpacked_bytes', 'Memory', 'loss_bytes', 'gathered_bytes', 'memory', 'most_tokens', 'fit', 'free_memory',
+           'job_of', 'has_expanded_heads', 'Plan', 'gib', 'layers_asked_for', 'shares', 'make_plan', 'advice', 'plan',
+           'elsewhere_dtype']
 
 # %% ../../nbs/train/35_plan.ipynb #imports
 import os
@@ -55,6 +56,7 @@ class Job:
     dora: bool = False
     also: tuple[str, ...] = ()  # norms, embeddings, output
     expanded: bool = False  # attention block by block on a GPU: keys and values once for each head
+    shares: int = 1  # processes among which the rows of the model are divided
 
     @property
     def full(self) -> bool: return self.rank == 0
@@ -112,6 +114,7 @@ def unpacked_bytes(job: Job) -> int:
 class Memory:
     "Bytes of a step, by part."
     weights: int
+    gathered: int  # layers of a divided model that are put together
     adapters: int  # what is trained beside the frozen model
     gradients: int
     optimizer: int
@@ -131,17 +134,25 @@ def loss_bytes(job: Job, tokens: int) -> int:
     return 2 * tokens * a.dim * job.size + chunk + 8 * a.vocab_size * a.dim * learns
 
 
+def gathered_bytes(job: Job) -> int:
+    "A layer, the next one, the message that it comes in, and the output matrix; in a full training also gradients of a layer, before and while they are sent."
+    if job.shares == 1: return 0
+    a, table = job.model, job.model.vocab_size * job.model.dim * job.size
+    layer = (weight_bytes(job) - table * (1 if a.tied_embeddings else 2)) // a.n_layers
+    return (3 + 2 * job.full) * layer + table
+
+
 def memory(
     job: Job,
     tokens: int,  # that pass through the model at once
     recompute: int = 0,  # leading layers that keep only their input
 ) -> Memory:
     "The parts of a step with `tokens` in flight."
-    a, n = job.model, n_trained(job)
+    a, n, shares = job.model, n_trained(job), job.shares if job.full else 1
     width = job.size if job.full else 4
     kept = (a.n_layers - recompute) * saved_bytes(job) + recompute * a.dim * job.size + a.dim * job.size + 4 * a.head_dim + 17  # inputs of recomputed layers and of the last norm, rotations, ids
     live = live_bytes(job) + (saved_bytes(job) if recompute else 0)
-    return Memory(weight_bytes(job), 0 if job.full else 4 * n, width * n, 2 * width * n, tokens * kept, tokens * live + unpacked_bytes(job), loss_bytes(job, tokens))
+    return Memory(weight_bytes(job) // job.shares, gathered_bytes(job), 0 if job.full else 4 * n, width * n // shares, 2 * width * n // shares, tokens * kept, tokens * live + unpacked_bytes(job), loss_bytes(job, tokens))
 
 # %% ../../nbs/train/35_plan.ipynb #fit
 SAFE = 0.92  # share of the free memory that is planned with
@@ -206,6 +217,7 @@ class Plan:
     recompute: int  # leading layers
     fits: bool
     advice: tuple[str, ...] = ()
+    world_size: int = 1  # processes
 
     @property
     def memory(self) -> Memory: return memory(self.job, self.micro, self.recompute)
@@ -215,16 +227,27 @@ class Plan:
         "Most tokens of a piece; None if a batch need not be cut"
         return None if self.micro >= self.tokens else self.micro
 
+    @property
+    def groups(self) -> int | None:
+        "How many times the processes hold the model together; None if each holds all of it"
+        return self.world_size // self.job.shares if self.job.shares > 1 else None
+
+    def placed(self) -> str:
+        "Where the model is, in words; empty for one process"
+        if self.world_size == 1: return ""
+        return f"a copy on each of {self.world_size} processes" if not self.groups else f"divided among {self.job.shares} processes" + (f", {self.groups} times" if self.groups > 1 else "")
+
     def table(self) -> Table:
         "The parts against the device"
-        rows = [(f.name, gib(getattr(self.memory, f.name))) for f in fields(Memory)] + [("total", gib(self.memory.total)), (f"free on {self.device}", gib(self.budget))]
+        rows = [(f.name, gib(getattr(self.memory, f.name))) for f in fields(Memory) if f.name != "gathered" or self.groups] + [("total", gib(self.memory.total)), (f"free on {self.device}", gib(self.budget))]
         return Table(["part", "GiB"], rows, title=str(self.how()))
 
     def how(self) -> str:
         "What is done, in a sentence"
         if not self.fits: return "does not fit: " + ("; or ".join(self.advice) if self.advice else "a smaller model or a larger device is needed")
         pieces = f"{self.tokens:,} tokens at once" if self.limit is None else f"{self.tokens:,} tokens in pieces of at most {self.micro:,}"
-        return pieces + (f", {self.recompute} of {self.job.model.n_layers} layers recomputed" if self.recompute else ", nothing recomputed")
+        done = f", {self.recompute} of {self.job.model.n_layers} layers recomputed" if self.recompute else ", nothing recomputed"
+        return pieces + done + (f"; the model: {self.placed()}" if self.placed() else "")
 
     def __str__(self) -> str: return str(self.table())
 
@@ -245,15 +268,34 @@ def layers_asked_for(checkpoint: bool | int | str, n_layers: int) -> int | None:
     return min(checkpoint, n_layers)
 
 
-def make_plan(args: TrainArgs, model: ModelArgs, dtype: torch.dtype, budget: int, device: str, longest: int | None = None, storage: str | None = None, expanded: bool = False) -> Plan:
-    "The plan for samples of at most `longest` tokens."
-    job, tokens = job_of(args, model, dtype, storage, expanded), args.seq_len * args.batch_size
+def shares(placement: str, world_size: int, node: int) -> list[int]:
+    "Among how many of the processes, `node` of them on each node, a model is divided; the first that fits is taken."
+    return {"auto": [1, world_size], "replicate": [1], "shard": [world_size], "hybrid": [node]}[placement]
+
+
+def make_plan(
+    args: TrainArgs,
+    model: ModelArgs,
+    dtype: torch.dtype,
+    budget: int,  # free bytes of each device
+    device: str,  # its name
+    longest: int | None = None,  # tokens of the longest sample; None plans for rows that are one
+    storage: str | None = None,  # of the matrices, if the folder is packed already
+    expanded: bool = False,  # see Job
+    world_size: int = 1,  # processes
+    node: int | None = None,  # of them, on one node
+) -> Plan:
+    "How a run uses its devices' memory, or the smallest use of it and what would fit."
+    alone, tokens = job_of(args, model, dtype, storage, expanded), args.seq_len * args.batch_size
     longest = min(longest or args.seq_len, args.seq_len)
     fixed = layers_asked_for(args.checkpoint, model.n_layers)
-    found = fit(job, int(SAFE * budget), tokens, longest, fixed)
-    if found: return Plan(job, budget, device, tokens, *found, True)
+    for n in shares(args.placement, world_size, node or world_size):
+        job = replace(alone, shares=n)
+        if found := fit(job, int(SAFE * budget), tokens, longest, fixed): return Plan(job, budget, device, tokens, *found, True, (), world_size)
     smallest = longest, model.n_layers if fixed is None else fixed
-    return Plan(job, budget, device, tokens, *smallest, False, tuple(advice(job, int(SAFE * budget), longest, fixed)))
+    hints = advice(job, int(SAFE * budget), longest, fixed)
+    if args.placement != "replicate" and (more := [n for n in (2, 4, 8, 16, 32) if n > world_size and fit(replace(job, shares=n), int(SAFE * budget), longest, longest, fixed)]): hints.append(f"{more[0]} processes, which divide the model among them")
+    return Plan(job, budget, device, tokens, *smallest, False, tuple(hints), world_size)
 
 
 def advice(job: Job, budget: int, longest: int, recompute: int | None) -> list[str]:
@@ -280,12 +322,13 @@ def plan(source=None, *overrides: str, **values) -> Plan:
     weights = any(model.glob("*.safetensors")) or any(model.glob("*.pth"))  # params.json alone will do
     storage = stored_kind(model, args.quantize) if weights else args.quantize
     elsewhere = args.memory_gib is not None and args.device != "cpu" and not torch.cuda.is_available()
-    if elsewhere: return make_plan(args, load_model_args(model), elsewhere_dtype(args), int(args.memory_gib * 2**30), "a GPU of this size", None, storage)
+    world = args.world_size or 1
+    if elsewhere: return make_plan(args, load_model_args(model), elsewhere_dtype(args), int(args.memory_gib * 2**30), "a GPU of this size", None, storage, world_size=world)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device, args.lora.enable, file_dtype(model) if weights else torch.bfloat16)
     free, name = free_memory(device)
     budget = int(args.memory_gib * 2**30) if args.memory_gib else free
-    return make_plan(args, load_model_args(model), dtype, budget, name, None, storage, has_expanded_heads(device, dtype))
+    return make_plan(args, load_model_args(model), dtype, budget, name, None, storage, has_expanded_heads(device, dtype), world)
 
 
 def elsewhere_dtype(args: TrainArgs) -> torch.dtype:
