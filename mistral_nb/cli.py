@@ -53,7 +53,7 @@ def cmd_demo(args: argparse.Namespace) -> int:
 def cmd_train(args: argparse.Namespace) -> int:
     "Train as a YAML file says; the same as python -m mistral_nb.train."
     from mistral_nb.train.__main__ import run
-    return run(args.config, args.overrides)
+    return run(args.config, args.overrides + ["resume=true"] * args.resume)
 
 
 def _chat(args: argparse.Namespace) -> Any:
@@ -171,7 +171,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p = command("train", cmd_train, "train as a YAML file says (the keys are mistral-finetune's)")
     p.add_argument("config", help="the YAML file")
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top, for example optim.lr=1e-4 resume=true")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top, for example optim.lr=1e-4")
+    p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in run_dir, if there is one")
     p = command("plan", cmd_plan, "the memory that a run needs, part by part, against the device")
     p.add_argument("config", help="the YAML file")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top, for example quantize=nf4 memory_gib=24")

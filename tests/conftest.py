@@ -1,6 +1,7 @@
 "A demo folder for the tests that run whole programs."
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,31 @@ def train_command(config: Path, *overrides: str, ranks: int = 0) -> list[str]:
     "The shell command of a run, under torchrun if `ranks`"
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
     return [sys.executable, *launcher, "-m", "mistral_nb.train", str(config), *overrides]
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes of a run in /proc")
+
+
+def family(pid: int) -> list[int]:
+    "A process and all that it started, as far as they live"
+    found = [pid]
+    for thread in Path(f"/proc/{pid}/task").glob("*"):
+        try: children = (thread / "children").read_text().split()
+        except OSError: continue  # it ended meanwhile
+        for child in children: found += family(int(child))
+    return found
+
+
+def steps_done(run_dir: Path) -> int:
+    file = run_dir / "metrics.train.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def ended(pids: list[int], seconds: float = 10) -> bool:
+    "Whether none of some processes lives, soon"
+    until = time.time() + seconds
+    while (living := any(Path(f"/proc/{p}").exists() for p in pids)) and time.time() < until: time.sleep(0.1)
+    return not living
 
 
 @pytest.fixture(scope="module")

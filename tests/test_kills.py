@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from conftest import ended
+from conftest import family
+from conftest import needs_proc
+from conftest import steps_done
 from conftest import train_command
 from mistral_nb.train.checkpoint import checkpoints
 from mistral_nb.train.checkpoint import fault
@@ -20,23 +24,8 @@ KILLS = {0: 8, 2: 4}  # by ranks
 SETTINGS = dict(max_steps=12, seq_len=128, batch_size=1, log_freq=1, ckpt_freq=1, no_eval=True, num_ckpt_keep=2, lora=dict(rank=8, dropout=0.2))
 
 
-def family(pid: int) -> list[int]:
-    "A process and all that it started, as far as they live"
-    found = [pid]
-    for thread in Path(f"/proc/{pid}/task").glob("*"):
-        try: children = (thread / "children").read_text().split()
-        except OSError: continue  # it ended meanwhile
-        for child in children: found += family(int(child))
-    return found
-
-
 def started(config, env, ranks: int) -> subprocess.Popen:
     return subprocess.Popen(train_command(config, "resume=true", ranks=ranks), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def steps_done(run_dir: Path) -> int:
-    file = run_dir / "metrics.train.jsonl"
-    return file.read_text().count("\n") if file.exists() else 0
 
 
 def kill_at_random(child: subprocess.Popen, run_dir: Path, rng: random.Random) -> bool:
@@ -53,10 +42,7 @@ def kill_at_random(child: subprocess.Popen, run_dir: Path, rng: random.Random) -
     return True
 
 
-def ended(pids: list[int]) -> bool: return not any(Path(f"/proc/{p}").exists() for p in pids)
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes of a run in /proc")
+@needs_proc
 @pytest.mark.parametrize("ranks", KILLS)
 def test_killed_again_and_again(write_config, shell_env, ranks):
     "Losses and adapter of a run that was killed many times are those of one that was not, to the last bit"
@@ -79,7 +65,7 @@ def test_killed_again_and_again(write_config, shell_env, ranks):
     assert not list((run_dir / "checkpoints").glob("*.part"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes of a run in /proc")
+@needs_proc
 def test_one_rank_killed(write_config, shell_env):
     "When one of two ranks dies, the job ends soon, says so, and leaves no process behind; it can be resumed"
     config = write_config("one", **SETTINGS | dict(max_steps=2000))
@@ -92,8 +78,6 @@ def test_one_rank_killed(write_config, shell_env):
     os.kill(ranks[1], signal.SIGKILL)
     _, said = child.communicate(timeout=90)
     assert child.returncode != 0 and "SIGKILL" in said
-    until = time.time() + 10
-    while not ended(members) and time.time() < until: time.sleep(0.1)
     assert ended(members)
     assert not fault(checkpoints(config.with_suffix(""))[-1])
 

@@ -30,6 +30,8 @@ class ConfigError(ValueError):
         self.name, self.problem, self.hint = name, problem, hint
         super().__init__(f"{name}: {problem}" + (f" ({hint})" if hint else ""))
 
+    def __reduce__(self): return type(self), (self.name, self.problem, self.hint)  # to be raised in another process
+
 # %% ../../nbs/core/01_config.ipynb #small-args
 @dataclass
 class InstructArgs:
