@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['GONE', 'Keep', 'Ranks', 'launched', 'start', 'first', 'called', 'restarted', 'tell_torchrun', 'lost', 'end',
-           'grouped', 'all_sum', 'sum_grads', 'same_start', 'all_objects', 'from_main', 'on_main', 'barrier', 'sharded',
-           'is_divided', 'even']
+           'grouped', 'all_sum', 'sum_over_average', 'sum_grads', 'same_start', 'all_objects', 'from_main', 'on_main',
+           'barrier', 'sharded', 'is_divided', 'even']
 
 # %% ../../nbs/train/32_dist.ipynb #imports
 import os
 import re
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any, Callable, Iterable
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..core.config import ConfigError
 from ..model.quant import is_shared
 
 # %% ../../nbs/train/32_dist.ipynb #ranks
@@ -66,7 +68,7 @@ def restarted() -> bool:
 
 def tell_torchrun(error: BaseException) -> None:
     "Write down for torchrun what ended this process: it shows the first error of all ranks."
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ: return
+    if not os.environ.get("TORCHELASTIC_ERROR_FILE"): return
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
     try: raise error  # what is written down is the error being handled
     except BaseException as e: get_error_handler().record_exception(e)
@@ -99,12 +101,20 @@ def all_sum(values: list[float], device: str | torch.device = "cpu") -> list[flo
     return t.tolist()
 
 
+@lru_cache
+def sum_over_average(device: str) -> float:
+    "What makes a sum of an average over all ranks: their number, or 1 where a backend adds up although it is asked to average."
+    each, mean = torch.ones(dist.get_world_size(), device=device), torch.empty(1, device=device)
+    dist.reduce_scatter_tensor(mean, each, dist.ReduceOp.AVG)
+    return dist.get_world_size() / mean.item()
+
+
 def sum_grads(params: Iterable[nn.Parameter]) -> None:
     "Replace each gradient by its sum over all ranks; a missing one counts as zero."
     if not grouped(): return
     params = [p for p in params if p.requires_grad]
     for p in params:
-        if is_shared(p) and p.grad is not None: p.grad.mul_(dist.get_world_size())  # FSDP has averaged it
+        if is_shared(p) and p.grad is not None: p.grad.mul_(sum_over_average(p.device.type))  # FSDP has averaged it
     params = [p for p in params if not is_shared(p)]
     if not params: return
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
@@ -162,7 +172,11 @@ def sharded(device: str, keep: Keep, groups: int = 1) -> Callable[[nn.Module], N
         mesh = init_device_mesh(device, (each,)) if groups == 1 else init_device_mesh(device, (groups, each), mesh_dim_names=("copies", "rows"))
         whole = {p for n, p in model.named_parameters() if keep(n, p)}
         tables = [] if model.args.tied_embeddings or model.tok_embeddings.weight in whole else [model.tok_embeddings]
-        for part in [*tables, *model.layers, model]: fully_shard(part, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
+        try:
+            for part in [*tables, *model.layers, model]: fully_shard(part, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
+        except RuntimeError as e:
+            if "floating point" not in str(e): raise
+            raise ConfigError("placement", f"PyTorch {torch.__version__} cannot divide packed matrices", "use a newer one, quantize: none, or placement: replicate") from None
     return place
 
 

@@ -379,8 +379,8 @@ class Trainer:
                     record = self._marked(self.one_step())
                     self.history.records.append(record)
                     for sink in sinks:  # before the checkpoint: a step that is saved has its record
-                        if self._due(self.args.log_freq): sink.log(record)
-                        if record.eval: sink.log(record.eval)
+                        if record.eval: sink.log(record.eval)  # first: who reads a step's record finds its evaluation
+                        if self._due(self.args.log_freq) or record.eval or record.checkpoint: sink.log(record)
                     if record.checkpoint: self.save() if self.step == self.args.max_steps else self.begin_save()
                     yield record
                     self._alive()
