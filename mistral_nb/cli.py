@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .core.config import parse_command
+
 # %% ../nbs/70_cli.ipynb #demo
 def cmd_demo(args: argparse.Namespace) -> int:
     "Make a tiny model, train it, ask it."
@@ -224,7 +226,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     "The program `mistral-nb`; returns the exit code."
-    args = parser().parse_args(argv)
+    args = parse_command(parser(), argv)
     try: return args.run(args)
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)

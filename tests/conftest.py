@@ -49,16 +49,6 @@ def train_command(config: Path, *overrides: str, ranks: int = 0) -> list[str]:
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes of a run in /proc")
 
 
-def family(pid: int) -> list[int]:
-    "A process and all that it started, as far as they live"
-    found = [pid]
-    for thread in Path(f"/proc/{pid}/task").glob("*"):
-        try: children = (thread / "children").read_text().split()
-        except OSError: continue  # it ended meanwhile
-        for child in children: found += family(int(child))
-    return found
-
-
 def steps_done(run_dir: Path) -> int:
     file = run_dir / "metrics.train.jsonl"
     return file.read_text().count("\n") if file.exists() else 0

@@ -76,10 +76,10 @@ def test_mistakes_are_explained(demo, shell_env, write_config):
 
 
 def test_commands_agree(shell_env):
-    "`mistral-nb train --help` and the module's help say the same of overrides"
+    "`mistral-nb train --help` and the module's help say the same of overrides and of resuming"
     a = program(shell_env, "train", "--help").stdout
     b = subprocess.run([*train_command("--help")], env=shell_env, capture_output=True, text=True).stdout
-    assert "resume=true" in a and "resume=true" in b
+    assert all("--resume" in said and "key=value" in said for said in (a, b))
 
 
 def test_check(demo, write_config, tmp_path):

@@ -10,10 +10,10 @@ import pytest
 
 from conftest import ROOT
 from conftest import ended
-from conftest import family
 from conftest import needs_proc
 from conftest import steps_done
 from conftest import train_command
+from mistral_nb.notebook.launch import family
 from mistral_nb.train.checkpoint import checkpoints
 from mistral_nb.train.checkpoint import fault
 from mistral_nb.train.metrics import read_records
@@ -83,19 +83,12 @@ def test_stop_file(write_config, shell_env):
     assert child.returncode == 0 and "Stopped by the file STOP after step" in said, said
     done = steps_done(run_dir)
     assert checkpoints(run_dir)[-1].name == f"checkpoint_{done:06}" and not (run_dir / "STOP").exists()
-    assert subprocess.run(train_command(config, "--resume", f"max_steps={done + 1}", ranks=2), env=shell_env, capture_output=True).returncode == 1  # another schedule is another run
-
-def test_torchrun_is_killed(write_config, shell_env):
-    "Without torchrun its ranks save and end, too"
-    config = write_config("orphans", **SETTINGS | dict(max_steps=2000))
-    child = start(train_command(config, ranks=2), shell_env)
-    wait_for_steps(config, child, 2)
-    members = family(child.pid)
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
-    assert ended(members, 30)
-    child.communicate(timeout=10)
-    assert checkpoints(config.with_suffix(""))[-1].name == f"checkpoint_{steps_done(config.with_suffix('')):06}"
+    refused = subprocess.run(train_command(config, "--resume", f"optim.lr={1e-3}", ranks=2), env=shell_env, capture_output=True, text=True)
+    assert refused.returncode == 1 and "optim: is" in refused.stderr and "in the run to resume" in refused.stderr, refused.stderr
+    again = start(train_command(config, "--resume", ranks=2), shell_env)
+    wait_for_steps(config, again, done + 2)
+    again.send_signal(signal.SIGINT)
+    assert f"going on after {done}" in finish(again)
 
 
 def test_sigterm_in_time(write_config, shell_env):

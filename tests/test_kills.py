@@ -12,10 +12,10 @@ import pytest
 from safetensors.torch import load_file
 
 from conftest import ended
-from conftest import family
 from conftest import needs_proc
 from conftest import steps_done
 from conftest import train_command
+from mistral_nb.notebook.launch import family
 from mistral_nb.train.checkpoint import checkpoints
 from mistral_nb.train.checkpoint import fault
 from mistral_nb.train.metrics import read_records

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['RENAMED', 'POSITIVE', 'CHOICES', 'LORA_CHOICES', 'LONG_ROWS', 'ConfigError', 'InstructArgs', 'DataArgs', 'LoraArgs',
            'OptimArgs', 'WandbArgs', 'MLFlowArgs', 'TrainArgs', 'build', 'SourcePath', 'parse_sources', 'check',
-           'check_lora', 'check_paths', 'jsonl_files', 'read_yaml', 'parse_yaml', 'load_args', 'to_dict', 'changes',
-           'show_args', 'save_args']
+           'check_lora', 'check_paths', 'jsonl_files', 'read_yaml', 'parse_yaml', 'load_args', 'to_dict',
+           'parse_command', 'changes', 'show_args', 'save_args']
 
 # %% ../../nbs/core/01_config.ipynb #imports
+import argparse
 import difflib
 import math
 import types
@@ -331,6 +332,14 @@ def load_args(
 def to_dict(args: Any) -> dict:
     "Settings as plain nested dicts."
     return asdict(args)
+
+
+def parse_command(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    "The arguments of a command that ends with `overrides`; options may stand before, among and behind them."
+    args, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") or not hasattr(args, "overrides") for word in rest): parser.error("unrecognized arguments: " + " ".join(rest))
+    if rest: args.overrides += rest
+    return args
 
 # %% ../../nbs/core/01_config.ipynb #save
 def changes(args: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -195,8 +195,9 @@ class Run:
     def alive(self) -> bool:
         "Whether the job is running; of a job on other machines, whether it has not said that it ended"
         if self.process: self.process.poll()  # takes its exit code, so that it does not stay behind
-        if self.job["process"] is None: return self.code is None
-        return process_id(int(self.job["process"].partition(":")[0])) == self.job["process"] and self.code is None
+        if self.code is not None: return False
+        if self.job["process"]: return process_id(int(self.job["process"].partition(":")[0])) == self.job["process"]
+        return not (self._is_done() or self._told("asked") and not stop_file(self.run_dir).exists())
 
     @property
     def last(self) -> StepLog | None:
@@ -212,8 +213,8 @@ class Run:
     def state(self) -> str:
         "running, finished, stopped (asked to, before its last step) or failed"
         if self.alive: return "running"
-        if self.code == 0: return "finished" if self.last and self.last.step == self.last.max_steps else "stopped"
-        return "stopped" if self._told("stopped.txt") else "failed"
+        if self.code in (0, None) and self._is_done(): return "finished"
+        return "stopped" if self.code == 0 or self._told("ended") or self._told("asked") and not self.job["process"] else "failed"
 
     @property
     def result(self) -> Path:
@@ -225,6 +226,8 @@ class Run:
         return next((found / n for n in ("lora.safetensors", "consolidated.safetensors") if (found / n).exists()), found)
 
     def _told(self, name: str) -> bool: return (self.folder / name).exists()
+
+    def _is_done(self) -> bool: return (last := self.last) is not None and last.step == last.max_steps
 
     def _check(self) -> None:
         "`RunFailed` with the first failure, if the job failed"
@@ -265,7 +268,7 @@ class Run:
         return history
 
     def _ask(self) -> None:
-        (self.folder / "stopped.txt").write_text("asked to stop\n")
+        (self.folder / "asked").touch()
         stop_file(self.run_dir).touch()
 
     def stop(self, patience: float = 120.0) -> "Run":
@@ -277,6 +280,7 @@ class Run:
         while self.alive and time.time() < until: time.sleep(0.1)
         if self.alive:
             warnings.warn(f"the job has not stopped within {patience:.0f} s; it gets SIGTERM, and is killed {min(30.0, patience):.0f} s later: the last checkpoint is {self.checkpoint}", stacklevel=2)
+            (self.folder / "ended").touch()
             send(self._members()[1:2], signal.SIGTERM)  # torchrun, behind its shell
             until = time.time() + min(30.0, patience)
             while self.alive and time.time() < until: time.sleep(0.1)
@@ -290,7 +294,7 @@ class Run:
         "End all processes of the job at once; nothing is saved"
         if self.job["process"] is None: raise RunFailed("the job's processes are on other machines: stop() asks them to end")
         members = self._members()
-        if members: (self.folder / "stopped.txt").write_text("killed\n")
+        if members: (self.folder / "ended").touch()  # by this hand, so it did not fail
         send(members, signal.SIGKILL)
         while self.alive: time.sleep(0.05)
         return self
@@ -409,7 +413,9 @@ class Nodes:
         "torchrun as every node starts it"
         meet = f"--rdzv-endpoint={endpoint}" if shell_endpoint else shlex.quote(f"--rdzv-endpoint={endpoint}")
         words = [f"--nnodes={self.nnodes}", *self.options, "--rdzv-backend=c10d", f"--rdzv-id={self.run_dir.name}"]
-        return f"cd {shlex.quote(os.getcwd())} && torchrun {shlex.join(words)} {meet} {shlex.join(self.train)}"
+        program = Path(sys.executable).with_name("torchrun")  # of this environment, which the nodes share
+        start = shlex.quote(str(program)) if program.exists() else f"{shlex.quote(sys.executable)} -m torch.distributed.run"
+        return f"cd {shlex.quote(os.getcwd())} && {start} {shlex.join(words)} {meet} {shlex.join(self.train)}"
 
     def __str__(self) -> str:
         lines = [f"# on each of the {self.nnodes} nodes, started within a few minutes of each other:", self.command(self.endpoint or "FIRST_NODE:29500")]

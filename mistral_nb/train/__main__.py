@@ -13,6 +13,7 @@ import torch
 
 from ..core.config import ConfigError
 from ..core.config import load_args
+from ..core.config import parse_command
 from ..data.cache import DataError
 from ..data.schema import SampleError
 from ..data.tokens import TokenizerError
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config", help="a YAML file, as for mistral-finetune")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top, for example optim.lr=1e-4 resume=true")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in run_dir, if there is one; the same as resume=true")
-    args = parser.parse_args(argv)
+    args = parse_command(parser, argv)
     return run(args.config, args.overrides + ["resume=true"] * args.resume)
 
 # %% ../../nbs/train/37_main.ipynb #start

@@ -54,10 +54,11 @@ PARENT = os.getppid()
 
 
 def process_id(pid: int) -> str | None:
-    "A process's number and start time, `pid:ticks`; None if there is none. Where there is no /proc, the number alone."
-    try: return f"{pid}:" + Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError): pass
-    if Path("/proc/self/stat").exists(): return None
+    "A living process's number and start time, `pid:ticks`; None if there is none. Where there is no /proc, the number alone."
+    if Path("/proc/self/stat").exists():
+        try: state, *values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError: return None
+        return None if state in "ZX" else f"{pid}:{values[18]}"
     try: os.kill(pid, 0)
     except ProcessLookupError: return None
     except PermissionError: pass

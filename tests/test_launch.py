@@ -1,0 +1,198 @@
+"Jobs that a kernel starts: stopped, killed, broken, followed by another process, left alone by their kernel; and several nodes under Slurm."
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from jupyter_client.manager import KernelManager
+
+from conftest import ROOT
+from conftest import ended
+from conftest import needs_proc
+from conftest import steps_done
+from mistral_nb.demo import demo_settings
+from mistral_nb.notebook.launch import RunFailed
+from mistral_nb.notebook.launch import attach
+from mistral_nb.notebook.launch import diagnose
+from mistral_nb.notebook.launch import family
+from mistral_nb.notebook.launch import launch
+from mistral_nb.train.checkpoint import checkpoints
+from mistral_nb.train.checkpoint import fault
+from mistral_nb.train.stop import stop_file
+from test_kernel import execute
+
+pytestmark = needs_proc
+LONG = dict(max_steps=3000, seq_len=128, batch_size=1, log_freq=1, no_eval=True, ckpt_freq=5, device="cpu", lora=dict(rank=8))
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch, shell_env):
+    "Jobs get what the shell's runs get"
+    for name, value in shell_env.items(): monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def settings(demo, tmp_path): return lambda run="run", **changes: demo_settings(demo, tmp_path / run, **LONG | changes)
+
+
+def job_pids(run) -> list[int]: return family(int(run.job["process"].partition(":")[0]))
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    until = time.time() + seconds
+    while not condition() and time.time() < until: time.sleep(0.05)
+    assert condition()
+
+
+def test_stop_and_go_on(settings):
+    "A stopped job has saved its last step; the same settings with resume give what one run would have given"
+    short = dict(max_steps=14, ckpt_freq=0)
+    whole = launch(settings("whole", **short), nproc_per_node=2).wait()
+    run = launch(settings(**short), nproc_per_node=2)
+    for record in run:
+        if record.step == 3: break
+    pids = job_pids(run)
+    assert run.stop().state == "stopped" and ended(pids) and not stop_file(run.run_dir).exists()
+    done = run.last.step
+    assert 3 <= done < 14 and run.checkpoint.name == f"checkpoint_{done:06}" and run.result.name == "lora.safetensors"
+    again = launch(settings(**short), resume=True, nproc_per_node=2)
+    history = again.wait()
+    assert again.state == "finished" and [r.loss for r in history.records] == [r.loss for r in whole.records]
+    assert f"going on after {done}" in again.logs(0, None)
+
+
+def test_kill(settings):
+    "Nothing is left, not even a job that somebody waits for; what was saved before is good"
+    run = launch(settings(), nproc_per_node=2)
+    wait_for(lambda: len(checkpoints(run.run_dir)) > 0)
+    pids = job_pids(run)
+    assert len(pids) >= 4  # the shell, torchrun, two ranks
+    run.kill()
+    assert ended(pids) and (run.state, attach(run.run_dir).state) == ("stopped", "stopped") and not fault(run.checkpoint)
+
+
+def test_only_one_job(settings):
+    "A second job in the same folder is refused while the first one runs"
+    run = launch(settings(), nproc_per_node=1)
+    try:
+        with pytest.raises(ValueError, match="a job is already running"): launch(settings(), nproc_per_node=1, resume=True)
+        assert attach(run.run_dir).state == "running"
+    finally: run.kill()
+
+
+def test_rank_is_killed(settings):
+    "The error names the rank and the signal, although torchrun may name another"
+    run = launch(settings(), nproc_per_node=2)
+    wait_for(lambda: steps_done(run.run_dir) > 6)
+    pids = job_pids(run)
+    ranks = [p for p in pids if b"mistral_nb.train" in Path(f"/proc/{p}/cmdline").read_bytes() and b"LOCAL_RANK=1\0" in Path(f"/proc/{p}/environ").read_bytes() and b"torch.distributed.run" not in Path(f"/proc/{p}/cmdline").read_bytes()]
+    os.kill(ranks[0], signal.SIGKILL)
+    with pytest.raises(RunFailed, match="rank 1: SIGKILL.*\n.*memory ran out") as found: run.wait()
+    assert ended(pids) and run.state == "failed" and "launch(..., resume=True) goes on from checkpoint_" in str(found.value)
+    assert found.value._render_traceback_() == [f"RunFailed: {found.value}"]
+
+
+def test_bad_row(settings, tmp_path, demo):
+    "What a rank says of its input is what the cell says"
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text((demo / "data/train.jsonl").read_text() + '{"messages": [{"role": "robot", "content": "hi"}]}\n')
+    run = launch(settings(data=dict(instruct_data=str(bad))), nproc_per_node=2)
+    with pytest.raises(RunFailed, match=r"before its first step: rank \d: .*bad.jsonl, line 25, messages\[0\].role: the role is 'robot'"): run.wait()
+
+
+def test_rank_raises(settings, tmp_path, shell_env):
+    "The place in the user's own code is found"
+    folder = tmp_path / "launch"
+    folder.mkdir()
+    config = folder / "config.yaml"
+    from mistral_nb.core.config import load_args, save_args
+    save_args(load_args(settings(max_steps=6)), config)
+    with open(folder / "torchrun.log", "wb") as log:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--log-dir={folder / 'logs'}", "--redirects=3", str(ROOT / "tests/faults.py"), "raises", "2", str(config)]
+        assert subprocess.run(command, env=shell_env, stdout=log, stderr=log).returncode == 1
+    found = diagnose(folder)
+    assert (found.rank, found.error) == (1, "IndexError: list index out of range") and "tests/faults.py:" in found.where and "IndexError" in found.traceback, found
+
+
+class Kernel:
+    "A Jupyter kernel, for a test"
+
+    def __init__(self, env): self.manager, self.env = KernelManager(kernel_name="python3"), env
+
+    def __enter__(self):
+        self.manager.start_kernel(env=self.env)
+        self.client = self.manager.client()
+        self.client.start_channels()
+        self.client.wait_for_ready(timeout=60)
+        return self
+
+    def run(self, code: str, during=None): return execute(self.client, code, during)
+
+    def __exit__(self, *exc):
+        self.client.stop_channels()
+        self.manager.shutdown_kernel(now=True)
+
+
+START = "from mistral_nb import launch\nrun = launch({settings!r}, nproc_per_node=2, detach={detach})\nprint(run.job['process'])"
+
+
+def test_interrupt_in_a_kernel(settings, shell_env):
+    "■ ends the job after a step, saved; the cell shows one line"
+    with Kernel(shell_env) as kernel:
+        status, said, trace = kernel.run(START.format(settings=settings(), detach=False))
+        assert status == "ok", trace
+        pids = family(int(said.partition(":")[0]))
+        run_dir = Path(settings()["run_dir"])
+
+        def press():
+            wait_for(lambda: steps_done(run_dir) > 2)
+            pids.extend(family(pids[0]))
+            kernel.manager.interrupt_kernel()
+        status, said, trace = kernel.run("run.wait()", press)
+        assert status == "error" and len(trace) == 1 and trace[0].startswith("Stopped by SIGINT after step"), (said, trace)
+        assert ended(pids) and checkpoints(run_dir)[-1].name == f"checkpoint_{steps_done(run_dir):06}"
+        assert kernel.run("print(run.state)")[1] == "stopped\n"
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_kernel_dies(settings, shell_env, detach):
+    "The job saves and ends, or goes on if it was let go; another process finds it either way"
+    with Kernel(shell_env) as kernel:
+        status, said, trace = kernel.run(START.format(settings=settings(max_steps=40 if detach else 3000), detach=detach))
+        assert status == "ok", trace
+        pids, run_dir = family(int(said.partition(":")[0])), Path(settings()["run_dir"])
+        wait_for(lambda: steps_done(run_dir) > 2)
+        pids = family(pids[0])
+        kernel.manager.shutdown_kernel(now=True)
+    run = attach(run_dir)
+    if detach: assert run.wait().records[-1].step == 40 and run.state == "finished"
+    else: assert ended(pids, 30) and run.state == "stopped" and "the end of the kernel that started it" in run.logs(0)
+    assert ended(pids, 30) and run.checkpoint.name == f"checkpoint_{steps_done(run_dir):06}"
+
+
+FAKES = {  # a cluster of two nodes on this machine
+    "sbatch": 'script=$1; SLURM_JOB_NODELIST=two setsid bash "$script" > "$script.log" 2>&1 & echo Submitted batch job 7',
+    "scontrol": "echo 127.0.0.1",
+    "srun": '"$@" & "$@" & trap "kill %1 %2" TERM; wait %1 && wait %2',
+}
+
+
+def test_slurm(settings, tmp_path, monkeypatch):
+    "The script for sbatch, run by programs that play Slurm: two agents, one job"
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    for name, text in FAKES.items():
+        (bin / name).write_text(f"#!/bin/bash\n{text}\n")
+        (bin / name).chmod(0o755 | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{bin}:{os.environ['PATH']}")
+    alone = launch(settings("alone", max_steps=6, batch_size=2), nproc_per_node=1).wait()
+    nodes = launch(settings(max_steps=6), nnodes=2, nproc_per_node=1)
+    assert nodes.submit(partition="gpu") == "Submitted batch job 7"
+    run = attach(tmp_path / "run")
+    assert [r.loss for r in run] == pytest.approx([r.loss for r in alone.records], rel=2e-5)
+    wait_for(lambda: run.code is not None, 30)
+    assert run.code == 0 and run.state == "finished" and run.result.exists()
