@@ -135,11 +135,11 @@ def loss_bytes(job: Job, tokens: int) -> int:
 
 
 def gathered_bytes(job: Job) -> int:
-    "A layer, the next one, the message that it comes in, and the output matrix; in a full training also gradients of a layer, before and while they are sent."
+    "A layer, the next one, the message that it comes in, and both tables; in a full training also gradients of a layer, before and while they are sent."
     if job.shares == 1: return 0
-    a, table = job.model, job.model.vocab_size * job.model.dim * job.size
-    layer = (weight_bytes(job) - table * (1 if a.tied_embeddings else 2)) // a.n_layers
-    return (3 + 2 * job.full) * layer + table
+    a = job.model
+    tables = a.vocab_size * a.dim * job.size * (1 if a.tied_embeddings else 2)
+    return (3 + 2 * job.full) * (weight_bytes(job) - tables) // a.n_layers + tables
 
 
 def memory(
