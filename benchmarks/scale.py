@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from threading import Event, Thread
 
-from load import SHAPE, TINY, forget, make
+from load import forget, make
 
 TRAIN = dict(dim=512, n_layers=4, head_dim=64, hidden_dim=1408, n_heads=8, n_kv_heads=2, norm_eps=1e-5, vocab_size=32768)
 

@@ -16,7 +16,8 @@ FULL = dict(lora=dict(enable=False), optim=dict(lr=1e-3), save_adapters=False)
 DIVIDED = {  # placement: shard
     "dense": {}, "moe": {}, "tied": {}, "full": FULL, "moe_full": FULL, "tied_full": FULL,
     "nf4": dict(quantize="nf4"), "int8": dict(quantize="int8"), "fp8": dict(quantize="fp8"), "moe_nf4": dict(quantize="nf4"),
-    "dora": dict(lora=dict(dora=True)), "pissa": dict(lora=dict(init="pissa")), "also": dict(lora=dict(also_train=ALSO)), "tied_also": dict(lora=dict(also_train=["embeddings"])),
+    "dora": dict(lora=dict(dora=True)), "pissa": dict(lora=dict(init="pissa")), "also": dict(lora=dict(also_train=ALSO)), "tied_also": dict(lora=dict(also_train=["embeddings"])), "tied_output": dict(lora=dict(also_train=["output"])),
+    "fp8_dora": dict(quantize="fp8", lora=dict(dora=True)), "fp8_merged": dict(quantize="fp8", save_adapters=False),
     "recompute": dict(checkpoint=1), "merged": dict(save_adapters=False), "full_recompute": FULL | dict(checkpoint=True), "hf": {},
 }
 COPIED = {"copied": {}, "moe_copied": {}, "full_copied": FULL}

@@ -12,6 +12,7 @@ COMMANDS = {
     "tokens.py": ["--tiny"],
     "quant.py": ["--tiny"],
     "load.py": ["--tiny", "--kinds", "none", "nf4"],
+    "scale.py": ["--tiny", "--kinds", "none", "--processes", "1", "2"],
     "gpu.py": ["--tiny", "--steps", "1", "--storages", "none", "nf4", "--parts", "experts"],
 }
 

@@ -46,12 +46,11 @@ def wait_for_steps(config, child, n: int) -> None:
     while steps_done(config.with_suffix("")) < n and time.time() < until and child.poll() is None: time.sleep(0.02)
 
 
-@pytest.mark.parametrize("kind, words", {
-    "raises": ["IndexError: list index out of range", "in step"], "hangs": ["rank 1 has done nothing for", "time.sleep"], "hangs natively": ["Timeout (0:00:07", "in fullmatch"],
-    "memory": ["[rank 1] error: step 4: CUDA out of memory", "planned were"],
-}.items())
-@pytest.mark.parametrize("placement", ["replicate", "shard"])
-def test_one_rank_fails(write_config, shell_env, kind, words, placement):
+@pytest.mark.parametrize("kind, placement, words", [
+    ("raises", "shard", ["IndexError: list index out of range", "in step"]), ("memory", "replicate", ["[rank 1] error: step 4: CUDA out of memory", "planned were"]),
+    ("hangs", "replicate", ["rank 1 has done nothing for", "time.sleep"]), ("hangs", "shard", ["rank 1 has done nothing for", "time.sleep"]), ("hangs natively", "replicate", ["Timeout (0:00:07", "in fullmatch"]),
+])
+def test_one_rank_fails(write_config, shell_env, kind, placement, words):
     "The job ends by itself, with the place in that rank; the checkpoint before it is good"
     config = write_config("fails", **SETTINGS, placement=placement)
     child = broken(config, kind, shell_env)
@@ -84,11 +83,24 @@ def test_stop_file(write_config, shell_env):
     done = steps_done(run_dir)
     assert checkpoints(run_dir)[-1].name == f"checkpoint_{done:06}" and not (run_dir / "STOP").exists()
     refused = subprocess.run(train_command(config, "--resume", f"optim.lr={1e-3}", ranks=2), env=shell_env, capture_output=True, text=True)
-    assert refused.returncode == 1 and "optim: is" in refused.stderr and "in the run to resume" in refused.stderr, refused.stderr
+    assert refused.returncode == 1 and "optim.lr: is 0.001" in refused.stderr and "in the run to resume" in refused.stderr, refused.stderr
     again = start(train_command(config, "--resume", ranks=2), shell_env)
     wait_for_steps(config, again, done + 2)
     again.send_signal(signal.SIGINT)
     assert f"going on after {done}" in finish(again)
+
+
+def test_torchrun_is_killed(write_config, shell_env):
+    "Without torchrun its ranks save and end, too"
+    config = write_config("orphans", **SETTINGS | dict(max_steps=2000))
+    child = start(train_command(config, ranks=2), shell_env)
+    wait_for_steps(config, child, 2)
+    members = family(child.pid)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    assert ended(members, 30)
+    child.communicate(timeout=10)
+    assert checkpoints(config.with_suffix(""))[-1].name == f"checkpoint_{steps_done(config.with_suffix('')):06}"
 
 
 def test_sigterm_in_time(write_config, shell_env):
@@ -102,16 +114,32 @@ def test_sigterm_in_time(write_config, shell_env):
     assert time.time() - began < 20 and checkpoints(config.with_suffix(""))[-1].name == f"checkpoint_{steps_done(config.with_suffix('')):06}"
 
 
-@pytest.mark.parametrize("placement", ["replicate", "hybrid"])
-def test_two_nodes(write_config, shell_env, placement):
-    "Two agents of torchrun that meet at a port are one job"
-    one, two = write_config("one", **SETTINGS | dict(batch_size=4)), write_config("two", **SETTINGS, placement=placement)
-    for config in (one, two): config.write_text(config.read_text().replace("dropout: 0.2", "dropout: 0.0"))
-    assert subprocess.run(train_command(one), env=shell_env, capture_output=True).returncode == 0
+def nodes(n: int, *command: str, env: dict, per_node: int = 2, least: int | None = None, restarts: int = 0) -> list[subprocess.Popen]:
+    "As many agents of torchrun, which meet at a port of this machine"
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    nodes = [start([*LAUNCHER, "--nnodes=1:2" if placement == "replicate" else "--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=job", "--rdzv-conf=last_call_timeout=10", "-m", "mistral_nb.train", str(two)], shell_env) for _ in range(2)]
-    said = [finish(n) for n in nodes]
-    assert [n.returncode for n in nodes] == [0, 0], said
+    options = [f"--nnodes={least or n}:{n}", f"--nproc-per-node={per_node}", f"--max-restarts={restarts}", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=job", "--rdzv-conf=last_call_timeout=10"]
+    return [start([sys.executable, "-m", "torch.distributed.run", *options, *command], env) for _ in range(n)]
+
+
+@pytest.mark.parametrize("placement", ["replicate", "hybrid"])
+def test_two_nodes(write_config, shell_env, placement):
+    "Two agents of torchrun that meet at a port are one job; their number may be a range"
+    still = SETTINGS | dict(lora=dict(rank=8))
+    one, two = write_config("one", **still | dict(batch_size=4)), write_config("two", **still, placement=placement)
+    assert subprocess.run(train_command(one), env=shell_env, capture_output=True).returncode == 0
+    agents = nodes(2, "-m", "mistral_nb.train", str(two), env=shell_env, least=1 if placement == "replicate" else 2)
+    said = [finish(n) for n in agents]
+    assert [n.returncode for n in agents] == [0, 0], said
     assert losses(two) == pytest.approx(losses(one), rel=2e-5) and sum("done: " in s for s in said) == 1
+
+
+def test_restart_on_two_nodes(write_config, shell_env):
+    "When a rank dies on one node, those of the other go back to the checkpoint with it, although their torchrun counts no restart"
+    whole, cut = write_config("whole", **SETTINGS), write_config("cut", **SETTINGS)
+    assert subprocess.run(train_command(whole, ranks=2), env=shell_env, capture_output=True).returncode == 0
+    agents = nodes(2, str(ROOT / "tests/faults.py"), "dies", "4", str(cut), "timeout_minutes=1", env=shell_env, per_node=1, restarts=1)
+    said = [finish(n) for n in agents]
+    assert [n.returncode for n in agents] == [0, 0], said
+    assert losses(cut) == losses(whole) and any("going on after 2" in s for s in said)

@@ -1,5 +1,6 @@
 "Jobs that a kernel starts: stopped, killed, broken, followed by another process, left alone by their kernel; and several nodes under Slurm."
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -20,8 +21,10 @@ from mistral_nb.notebook.launch import attach
 from mistral_nb.notebook.launch import diagnose
 from mistral_nb.notebook.launch import family
 from mistral_nb.notebook.launch import launch
+from mistral_nb.notebook.launch import send
 from mistral_nb.train.checkpoint import checkpoints
 from mistral_nb.train.checkpoint import fault
+from mistral_nb.train.loop import Trainer
 from mistral_nb.train.stop import stop_file
 from test_kernel import execute
 
@@ -39,7 +42,7 @@ def environment(monkeypatch, shell_env):
 def settings(demo, tmp_path): return lambda run="run", **changes: demo_settings(demo, tmp_path / run, **LONG | changes)
 
 
-def job_pids(run) -> list[int]: return family(int(run.job["process"].partition(":")[0]))
+def job_pids(run) -> list[int]: return family(run.pid)
 
 
 def wait_for(condition, seconds: float = 120) -> None:
@@ -75,13 +78,57 @@ def test_kill(settings):
     assert ended(pids) and (run.state, attach(run.run_dir).state) == ("stopped", "stopped") and not fault(run.checkpoint)
 
 
-def test_only_one_job(settings):
-    "A second job in the same folder is refused while the first one runs"
-    run = launch(settings(), nproc_per_node=1)
+def test_only_one_writer(settings):
+    "A second job or trainer in the same folder is refused while the first one runs, even if the first one has lost its shell"
+    run = launch(settings(ckpt_freq=0), nproc_per_node=1)
+    pids = []
     try:
         with pytest.raises(ValueError, match="a job is already running"): launch(settings(), nproc_per_node=1, resume=True)
-        assert attach(run.run_dir).state == "running"
-    finally: run.kill()
+        wait_for(lambda: steps_done(run.run_dir) > 2)
+        with pytest.raises(ValueError, match="a run is going on in"): next(Trainer(settings(), resume=True).steps())
+        pids = family(run.pid)
+        os.kill(run.pid, signal.SIGKILL)
+        assert run.state == "running"
+        with pytest.raises(ValueError, match="a job is already running"): launch(settings(), nproc_per_node=1, resume=True)
+        run.stop()
+        assert ended(pids) and run.state == "stopped"
+    finally:
+        if not ended(pids, 0): send(pids, signal.SIGKILL)
+
+
+def test_folder_is_gone(settings, tmp_path, monkeypatch):
+    "The kernel may move elsewhere; without its folder a job can still be killed"
+    monkeypatch.chdir(tmp_path)
+    run = launch(settings() | dict(run_dir="my run's"), nproc_per_node=1)
+    monkeypatch.chdir("/")
+    wait_for(lambda: run.last is not None)
+    pids = family(run.pid)
+    shutil.rmtree(run.run_dir, ignore_errors=True)
+    shutil.rmtree(run.run_dir, ignore_errors=True)
+    if not run.run_dir.exists():
+        with pytest.raises(RunFailed, match="is gone, so the job cannot be asked"): run.stop()
+    run.kill()
+    assert ended(pids)
+
+
+def test_preempted(settings):
+    "A job that is told to end from outside has stopped, not failed, and its adapter can be taken"
+    run = launch(settings(), nproc_per_node=2)
+    wait_for(lambda: steps_done(run.run_dir) > 2)
+    pids = family(run.pid)
+    os.kill(run.pid, signal.SIGTERM)
+    wait_for(lambda: not run.alive, 60)
+    assert ended(pids) and run.state == "stopped" and run.result.exists()
+
+
+def test_refused_before_it_starts(settings):
+    "What can be known beforehand is said beforehand, and nothing is lost"
+    launch(settings(max_steps=4), nproc_per_node=1).wait()
+    for changes, words in ((dict(lora=dict(rank=4)), "lora.rank: is 4, and 8 in the run to resume"), (dict(batch_size=2), "batch_size: is 2, and 1 in the run to resume")):
+        with pytest.raises(ValueError, match=words): launch(settings(max_steps=4) | changes, nproc_per_node=1, resume=True)
+    assert attach(settings()["run_dir"]).state == "finished"
+    for wrong in (dict(nnodes=0), dict(max_restarts=-1), dict(nproc_per_node=-1)):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: .* is less than"): launch(settings("other"), **wrong)
 
 
 def test_rank_is_killed(settings):
@@ -101,7 +148,7 @@ def test_bad_row(settings, tmp_path, demo):
     bad = tmp_path / "bad.jsonl"
     bad.write_text((demo / "data/train.jsonl").read_text() + '{"messages": [{"role": "robot", "content": "hi"}]}\n')
     run = launch(settings(data=dict(instruct_data=str(bad))), nproc_per_node=2)
-    with pytest.raises(RunFailed, match=r"before its first step: rank \d: .*bad.jsonl, line 25, messages\[0\].role: the role is 'robot'"): run.wait()
+    with pytest.raises(RunFailed, match=r"before its first record: rank \d: .*bad.jsonl, line 25, messages\[0\].role: the role is 'robot'"): run.wait()
 
 
 def test_rank_raises(settings, tmp_path, shell_env):

@@ -123,7 +123,7 @@ class TrainArgs:
     quantize: str = "none"  # storage of the frozen matrices: none, nf4, int8 or fp8
     memory_gib: Optional[float] = None  # memory to plan with on each device; null is what is free
     device: str = "auto"  # auto, cpu, cuda
-    placement: str = "auto"  # of the model on several devices; replicate: on each, shard: its rows divided among all, hybrid: among those of a node; auto: replicate if it fits
+    placement: str = "auto"  # of the model on several devices; replicate: on each, hybrid: its rows divided among those of a node, shard: among all; auto: the first of these that fits
     skip_not_finite: int = 0  # steps that may be left out because their loss is not finite, before one stops the run
     timeout_minutes: float = 30.0  # a step that takes longer ends the run with the traceback of the rank that hangs
     tensorboard: bool = False  # also write TensorBoard events

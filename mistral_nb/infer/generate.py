@@ -39,6 +39,7 @@ from ..model.lora import adapter_off
 from ..model.lora import attach_like
 from ..model.lora import load_adapter_state
 from ..model.lora import set_whole
+from ..model.quant import is_shared
 from ..model.transformer import Transformer
 from ..model.weights import load_model
 
@@ -75,6 +76,7 @@ def decode(
     "The next token of each sequence, None once it has ended; the stop token itself is yielded."
     if not prompts or not all(prompts): raise ValueError("a prompt without any token has no continuation")
     if max_tokens < 0: raise ValueError(f"max_tokens is {max_tokens}: give 0 or more")
+    if any(map(is_shared, model.parameters())): raise ModelError("a model that is divided among processes cannot answer: load the checkpoint with load_tuned")
     device = model.norm.weight.device
     generator = torch.Generator().manual_seed(seed) if seed is not None else None
     cache = KVCache(model.args, len(prompts), max(map(len, prompts)) + max_tokens, model.dtype, device)

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'FILE_SCALING', 'LoRALinear', 'attach', 'adapters', 'init_lora', 'top_directions', 'init_pissa', 'take_out',
-           'kind_of', 'train_also', 'set_whole', 'whole_state', 'adapter_off', 'adapter_state', 'load_adapter_state',
-           'lora_rank', 'attach_like', 'merged_tensors', 'merged_state']
+           'kind_of', 'tables_of', 'train_also', 'set_whole', 'whole_state', 'adapter_off', 'adapter_state',
+           'load_adapter_state', 'lora_rank', 'attach_like', 'merged_tensors', 'merged_state']
 
 # %% ../../nbs/model/23_lora.ipynb #imports
 import math
 from contextlib import contextmanager
-from typing import Iterator, Mapping, Sequence
+from typing import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -106,12 +106,12 @@ def top_directions(w: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def init_pissa(model: nn.Module, seed: int) -> None:
-    "Move the largest directions of each adapted matrix from the base into the adapter."
+def init_pissa(model: nn.Module, seed: int, agree: Callable[[Tensor], Tensor] = lambda t: t) -> None:
+    "Move the largest directions of each adapted matrix from the base into the adapter; `agree` gives all processes the values of one, since others may round otherwise."
     for name, layer in sorted(adapters(model).items()):
         if layer.lora_A.out_features > min(layer.shape): raise ModelError(f"lora.init: pissa needs a rank of at most {min(layer.shape)}, which is the smaller side of {name}")
         if layer.base.kind != "none": raise ModelError(f"a base in {layer.base.kind} cannot give directions away: use it without PiSSA, or a base without quantization")
-        a, b = (t / layer.scaling**0.5 for t in top_directions(layer.base.dense(torch.float32), layer.lora_A.out_features, seed))
+        a, b = (agree(t / layer.scaling**0.5) for t in top_directions(layer.base.dense(torch.float32), layer.lora_A.out_features, seed))
         take_out(layer, a, b)
         layer.lora_A.weight.copy_(a)
         layer.lora_B.weight.copy_(b)
@@ -133,10 +133,14 @@ def kind_of(name: str) -> str:
     return {"tok_embeddings.weight": "embeddings", "output.weight": "output"}.get(name, "norms" if name.endswith("norm.weight") else "")
 
 
+def tables_of(kinds: Sequence[str], tied: bool) -> set[str]:
+    "The `kinds` of whole weights, where the output matrix of a tied model is its embedding."
+    return {"embeddings" if tied and k == "output" else k for k in kinds}
+
+
 def train_also(model: nn.Module, kinds: Sequence[str]) -> None:
     "Train the weights of some `kinds`: norms, embeddings, output."
-    tied = getattr(model, "args", None) is not None and model.args.tied_embeddings
-    kinds = {"embeddings" if tied and k == "output" else k for k in kinds}
+    kinds = tables_of(kinds, getattr(model, "args", None) is not None and model.args.tied_embeddings)
     set_whole(model, {n: p.detach().float() for n, p in model.named_parameters() if kind_of(n) in kinds}, train=True)
 
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Stored', 'NF4_STATE', 'LAYOUTS', 'HF_KEYS', 'part_names', 'from_bitsandbytes', 'weight_files', 'read_tensors',
-           'own_name', 'unpermute', 'unpermute_any', 'from_hf_names', 'read_ahead', 'Stacks', 'share_out', 'rows_for',
-           'some_rows', 'load_model', 'file_dtype', 'stored_kind', 'packed_names', 'names_in', 'save_tensors',
-           'save_model', 'init_model', 'extend_vocab']
+           'own_name', 'unpermute', 'unpermute_any', 'from_hf_names', 'read_ahead', 'Stacks', 'packed_as', 'share_out',
+           'rows_for', 'some_rows', 'load_model', 'file_dtype', 'stored_kind', 'packed_names', 'names_in',
+           'save_tensors', 'save_model', 'init_model', 'extend_vocab']
 
 # %% ../../nbs/model/27_weights.ipynb #imports
 import json
@@ -191,10 +191,16 @@ class Stacks:
         return self.rooms[key][int(number)].copy_(tensor)
 
 
+def packed_as(w: Tensor, kind: str, dtype: torch.dtype | None, name: str) -> Linear:
+    "The matrix `name` in a storage, or a `ModelError` that says which one cannot be."
+    try: return quantized(w, kind, dtype)
+    except ValueError as e: raise ModelError(f"{name}: {e}") from None
+
+
 def share_out(model: nn.Module, place: Callable[[nn.Module], None], packed: dict[str, str], dtype: torch.dtype, device: torch.device) -> None:
     "Have `place` divide the rows of a model on the meta device, whose matrices `packed` will be in those storages, and make room for this process's."
     model.to(dtype).requires_grad_(False)
-    for name, kind in packed.items(): _place(model, name, quantized(model.get_parameter(name), kind, dtype))
+    for name, kind in packed.items(): _place(model, name, packed_as(model.get_parameter(name), kind, dtype, name))
     place(model)
     model.to_empty(device=device)
 
@@ -238,8 +244,7 @@ def load_model(
             if isinstance(tensor, NF4Linear):
                 tensor = NF4Linear(tensor.codes.detach().to(device), tensor.scale.detach().to(device), tensor.shape, dtype or tensor.dtype)
             elif quantize != "none" and name in matrices:  # what a packed folder has left unpacked stays so, unless asked for
-                try: tensor = quantized(tensor.to(device), quantize, dtype)
-                except ValueError as e: raise ModelError(f"{folder}: {name}: {e}") from None
+                tensor = packed_as(tensor.to(device), quantize, dtype, f"{folder}: {name}")
             elif stacks and ".experts." in name: tensor = stacks.put(name, tensor.to(dtype=dtype or tensor.dtype), device)
             else: tensor = tensor.to(device=device, dtype=dtype)
             _place(model, name, tensor)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HINTS', 'SAYS_ENOUGH', 'NOT_FOR_CHILDREN', 'HELD', 'UNDER_A_SHELL', 'Tail', 'record', 'Records', 'Failure',
-           'plain_text', 'attempts', 'diagnose', 'RunFailed', 'family', 'send', 'Text', 'Run', 'child_env', 'free_gpus',
-           'processes', 'torchrun_options', 'prepare', 'launch', 'attach', 'Nodes']
+           'plain_text', 'attempts', 'diagnose', 'RunFailed', 'family', 'send', 'Text', 'read_job', 'write_job', 'Run',
+           'child_env', 'free_gpus', 'processes', 'torchrun_options', 'prepare', 'launch', 'attach', 'Nodes']
 
 # %% ../../nbs/notebook/50_launch.ipynb #imports
 import gc
@@ -15,6 +15,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,12 +34,19 @@ from ..core.config import save_args
 from ..core.html import escape
 from ..core.html import short_path
 from ..train.checkpoint import checkpoints
+from ..train.checkpoint import is_held
+from ..train.checkpoint import step_of
+from ..train.loop import check_same
 from ..train.loop import check_unused
 from ..train.loop import follow
+from ..train.loop import used
 from ..train.metrics import EvalLog
 from ..train.metrics import History
+from ..train.metrics import JsonLines
 from ..train.metrics import StepLog
+from ..train.metrics import parsed
 from ..train.stop import Interrupted
+from ..train.stop import LAUNCHED
 from ..train.stop import OWNER
 from ..train.stop import StopOnSignal
 from ..train.stop import process_id
@@ -58,7 +66,7 @@ class Tail:
             self.close()
             self.file, self.rest = open(self.path, "rb"), b""
         *lines, self.rest = (self.rest + self.file.read()).split(b"\n")
-        return [json.loads(line) for line in lines if line]
+        return list(parsed(lines, self.path))
 
     def close(self) -> None:
         if self.file: self.file.close()
@@ -129,18 +137,19 @@ def diagnose(folder: Path) -> Failure | None:
     "The first failure in the last attempt of the job whose `folder` this is."
     said, found = plain_text(folder / "torchrun.log"), []
     for rank, code in re.findall(r"rank\s*: (\d+) .*\n\s*exitcode\s*: -(\d+)", said):
-        if int(code) not in (signal.SIGTERM, signal.SIGINT): found.append((0, 0, Failure(int(rank), f"{signal.Signals(int(code)).name}: the process was killed by signal {code}")))
+        if int(code) not in (signal.SIGTERM, signal.SIGINT): found.append((0 if int(code) == signal.SIGKILL else 2, 0, Failure(int(rank), f"{signal.Signals(int(code)).name}: the process was killed by signal {code}")))
     ranks = sorted(attempts(folder)[-1].iterdir(), key=lambda p: int(p.name)) if attempts(folder) else []
     for at in ranks:
         if not (file := at / "error.json").exists(): continue
-        message = json.loads(file.read_text())["message"]
+        try: message = json.loads(file.read_text())["message"]
+        except (ValueError, KeyError): continue  # cut off, by a full disk
         more = message.get("extraInfo", {}) if isinstance(message, dict) else {}
         text, stack = str(message["message"] if isinstance(message, dict) else message).strip(), more.get("py_callstack", "")
         own = [] if SAYS_ENOUGH.match(text) else [m for m in re.findall(r'File "([^"]+)", line (\d+), in (\S+)', stack) if not re.search(r"site-packages|runpy|/lib/python|mistral_nb/train/(stop|__main__)", m[0])]
         found.append((1, int(more.get("timestamp", 0)), Failure(int(at.name), text.split("\n")[0], "{}:{} in {}".format(*own[-1]) if own else "", stack)))
     for at in ranks:
-        if lines := [line for line in plain_text(at / "stderr.log").split("\n") if line.strip()]: found.append((2, 0, Failure(int(at.name), lines[-1], "", "\n".join(lines[-40:]))))
-    if said.strip(): found.append((3, 0, Failure(None, said.strip().split("\n")[-1], "", said[-4000:])))
+        if lines := [line for line in plain_text(at / "stderr.log").split("\n") if line.strip()]: found.append((3, 0, Failure(int(at.name), lines[-1], "", "\n".join(lines[-40:]))))
+    if said.strip(): found.append((4, 0, Failure(None, said.strip().split("\n")[-1], "", said[-4000:])))
     return min(found, key=lambda f: f[:2])[2] if found else None
 
 
@@ -180,13 +189,39 @@ class Text(str):
     def __repr__(self) -> str: return str(self)
 
 
+def read_job(folder: Path, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    "What stands in a job's job.json; what was `known` of it if it is gone."
+    try: return json.loads((folder / "job.json").read_text())
+    except FileNotFoundError:
+        if known: return known
+        raise ConfigError("run_dir", f"no job was launched in {folder.parent}", "launch starts one; mistral_nb.runs lists the runs in a folder") from None
+
+
+def write_job(folder: Path, **job: Any) -> None:
+    "Write a job's job.json, never half."
+    (folder / "job.json.part").write_text(json.dumps(job | {"host": socket.gethostname()}))
+    os.replace(folder / "job.json.part", folder / "job.json")
+
+
 class Run:
     "A job that trains, or has trained, in `run_dir`."
 
     def __init__(self, run_dir: str | Path, process: subprocess.Popen | None = None):
-        self.run_dir, self.process = Path(run_dir), process
+        self.run_dir, self.process = Path(run_dir).resolve(), process
         self.folder = self.run_dir / "launch"
-        self.job = json.loads((self.folder / "job.json").read_text())
+        self.known = read_job(self.folder)
+
+    @property
+    def job(self) -> dict[str, Any]:
+        "What stands in job.json"
+        self.known = read_job(self.folder, self.known)
+        return self.known
+
+    @property
+    def pid(self) -> int | None:
+        "The process that everything of this job comes from, if it is on this machine"
+        job = self.job
+        return int(job["process"].partition(":")[0]) if job["process"] and job["host"] == socket.gethostname() else None
 
     @property
     def code(self) -> int | None:
@@ -199,8 +234,8 @@ class Run:
         "Whether the job is running; of a job on other machines, whether it has not said that it ended"
         if self.process: self.process.poll()  # takes its exit code, so that it does not stay behind
         if self.code is not None: return False
-        if self.job["process"]: return process_id(int(self.job["process"].partition(":")[0])) == self.job["process"]
-        return not (self._is_done() or self._told("asked") and not stop_file(self.run_dir).exists())
+        if self.pid: return process_id(self.pid) == self.job["process"] or is_held(self.run_dir)
+        return not (self._is_done() or self._told("stopped"))
 
     @property
     def last(self) -> StepLog | None:
@@ -214,10 +249,11 @@ class Run:
 
     @property
     def state(self) -> str:
-        "running, finished, stopped (asked to, before its last step) or failed"
-        if self.alive: return "running"
+        "running, finished, stopped (asked to, before its last step), failed, or, of a job for several nodes, not started"
+        if self.alive: return "running" if self.job["process"] or attempts(self.folder) else "not started"
+        if self._told("killed") and self.code is None: return "stopped"
         if self.code in (0, None) and self._is_done(): return "finished"
-        return "stopped" if self.code == 0 or self._told("ended") or self._told("asked") and not self.job["process"] else "failed"
+        return "stopped" if self.code == 0 or self._told("stopped") or self._told("killed") else "failed"
 
     @property
     def result(self) -> Path:
@@ -230,14 +266,14 @@ class Run:
 
     def _told(self, name: str) -> bool: return (self.folder / name).exists()
 
-    def _is_done(self) -> bool: return (last := self.last) is not None and last.step == last.max_steps
+    def _is_done(self) -> bool: return (last := self.last) is not None and last.step >= self.job["max_steps"]
 
     def _check(self) -> None:
         "`RunFailed` with the first failure, if the job failed"
         if self.state != "failed": return
         failure = diagnose(self.folder)
-        after = f" after step {self.last.step}" if self.last else " before its first step"
-        going = f"\n  launch(..., resume=True) goes on from {self.checkpoint.name}" if self.checkpoint else ""
+        after = f" after step {self.last.step}" if self.last else " before its first record"
+        going = f"\n  launch(..., resume=True) goes on from {self.checkpoint.name}" if self.checkpoint and "ConfigError" not in str(failure) else ""
         raise RunFailed(f"the job ended{after}: {failure or 'it was killed, and nobody wrote down why'}\n  all that it printed: {self.folder}{going}", failure)
 
     def __iter__(self) -> Iterator[StepLog]:
@@ -256,11 +292,11 @@ class Run:
                     time.sleep(0.1)
             finally: records.close()
         self._check()
-        if told and self.state == "stopped": raise Interrupted(records.last, self.checkpoint, asked.why)
+        if told and self.state == "stopped": raise Interrupted(step_of(self.checkpoint) if self.checkpoint else records.last, self.checkpoint, asked.why)
 
     def wait(self) -> History:
         "Follow the job to its end with a progress bar; returns its records, or raises `RunFailed`, or `Interrupted` if ■ stopped it"
-        history, total = History(), load_args(self.folder / "config.yaml").max_steps
+        history, total = History(), self.job["max_steps"]
 
         def kept() -> Iterator[StepLog]:
             for r in self:
@@ -271,35 +307,36 @@ class Run:
         return history
 
     def _ask(self) -> None:
-        (self.folder / "asked").touch()
+        if not self.run_dir.is_dir(): raise RunFailed(f"{self.run_dir} is gone, so the job cannot be asked to save and stop: kill() ends it")
         stop_file(self.run_dir).touch()
 
     def stop(self, patience: float = 120.0) -> "Run":
         "Have the job save and end, at the latest `patience` seconds from now"
         if not self.alive: return self
         self._ask()
-        if self.job["process"] is None: return self  # on other machines: the file will do it
+        if not self.pid: return self  # on other machines: the file will do it
         until = time.time() + patience
         while self.alive and time.time() < until: time.sleep(0.1)
         if self.alive:
             warnings.warn(f"the job has not stopped within {patience:.0f} s; it gets SIGTERM, and is killed {min(30.0, patience):.0f} s later: the last checkpoint is {self.checkpoint}", stacklevel=2)
-            (self.folder / "ended").touch()
-            send(self._members()[1:2], signal.SIGTERM)  # torchrun, behind its shell
+            send(self._members()[:1], signal.SIGTERM)  # the shell passes it on
             until = time.time() + min(30.0, patience)
             while self.alive and time.time() < until: time.sleep(0.1)
             self.kill()
         stop_file(self.run_dir).unlink(missing_ok=True)
         return self
 
-    def _members(self) -> list[int]: return family(int(self.job["process"].partition(":")[0])) if self.job["process"] and self.alive else []
+    def _members(self) -> list[int]: return family(self.pid) if self.pid and process_id(self.pid) == self.job["process"] else []
 
     def kill(self) -> "Run":
         "End all processes of the job at once; nothing is saved"
-        if self.job["process"] is None: raise RunFailed("the job's processes are on other machines: stop() asks them to end")
+        if not self.pid: raise RunFailed("the job's processes are on other machines: stop() asks them to end")
         members = self._members()
-        if members: (self.folder / "ended").touch()  # by this hand, so it did not fail
         send(members, signal.SIGKILL)
-        while self.alive: time.sleep(0.05)
+        if members and self.folder.is_dir(): (self.folder / "killed").touch()  # by this hand, so it did not fail
+        while any(map(process_id, members)):
+            if self.process: self.process.poll()
+            time.sleep(0.05)
         return self
 
     def logs(self, rank: int = 0, lines: int | None = 100) -> Text:
@@ -314,7 +351,7 @@ class Run:
         state, last = self.state, self.last
         done = f"step {last.step} of {last.max_steps}, loss {last.loss:.4f}" if last else "no step yet"
         where = f"{self.job['nproc_per_node']} process{'es' * (self.job['nproc_per_node'] > 1)}" + (f" on each of {self.job['nnodes']} nodes" if self.job["nnodes"] > 1 else "")
-        return f"{short_path(self.run_dir, 3)}: {state}, {done}; {where}"
+        return f"{short_path(self.run_dir)}: {state}, {done}; {where}"
 
     def _repr_html_(self) -> str: return f"<code>{escape(repr(self))}</code>"
 
@@ -330,7 +367,7 @@ def child_env(nproc: int, detach: bool) -> dict[str, str]:
     home = str(Path(__file__).resolve().parents[2]) if "__file__" in globals() else ""
     if home and "site-packages" not in home: env["PYTHONPATH"] = os.pathsep.join(filter(None, [home, env.get("PYTHONPATH")]))
     env.pop(OWNER, None)
-    return env if detach else env | {OWNER: process_id(os.getpid()) or ""}
+    return env | {LAUNCHED: "1"} | ({} if detach else {OWNER: process_id(os.getpid()) or ""})
 
 
 def free_gpus() -> None:
@@ -347,7 +384,6 @@ def processes(args: TrainArgs, nproc_per_node: int | None) -> int:
     "How many processes to start on a node: one for each GPU, or one; `ConfigError` if there are fewer GPUs."
     gpus = torch.cuda.device_count() if args.device != "cpu" else 0
     if nproc_per_node is None: return max(1, gpus)
-    if nproc_per_node < 1: raise ConfigError("nproc_per_node", f"{nproc_per_node} is not positive")
     if gpus and nproc_per_node > gpus: raise ConfigError("nproc_per_node", f"{nproc_per_node} processes want a GPU each, and there are {gpus}", f"nproc_per_node={gpus}, or device=\"cpu\"")
     return nproc_per_node
 
@@ -358,20 +394,23 @@ def torchrun_options() -> list[str]:
     return ["--monitor-interval=0.2"] + ["--shutdown-timeout=120"] * ("--shutdown-timeout" in get_args_parser().format_help())
 
 
-def prepare(args: TrainArgs, **job: Any) -> Path:
-    "The folder of a new job: its config.yaml and job.json; `ConfigError` if one is running there."
+def prepare(args: TrainArgs, world_size: int) -> Path:
+    "The folder of a new job, with its config.yaml; `ConfigError` if a job is there, or the run cannot be gone on with."
     folder = Path(args.run_dir) / "launch"
-    if (folder / "job.json").exists() and (old := Run(args.run_dir)).alive and old.job["process"]: raise ConfigError("run_dir", f"a job is already running in {args.run_dir}", f"attach({str(args.run_dir)!r}) follows it")
+    mark = used(args.run_dir)
+    if is_held(args.run_dir) or (folder / "job.json").exists() and Run(args.run_dir).state == "running": raise ConfigError("run_dir", f"a job is already running in {args.run_dir}", f"attach({str(args.run_dir)!r}) follows it")
     if not args.resume: check_unused(args.run_dir)
+    elif saved := checkpoints(args.run_dir): check_same(args, saved[-1], world_size)
+    if mark: JsonLines(args.run_dir, step_of(saved[-1]) if saved else 0).close()  # records of steps that will be done again
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_args(args, folder / "config.yaml")
-    (folder / "job.json").write_text(json.dumps(job | {"process": None}))
     stop_file(args.run_dir).unlink(missing_ok=True)
     return folder
 
 
-UNDER_A_SHELL = 'trap : TERM INT HUP; exit_file=$1; shift; "$@"; echo $? > "$exit_file.part"; mv "$exit_file.part" "$exit_file"'  # keeps torchrun's exit code
+# passes signals on to torchrun, and keeps its exit code
+UNDER_A_SHELL = 'exit_file=$1; shift; "$@" & job=$!; trap "kill -TERM $job" TERM INT HUP; wait $job; code=$?; while kill -0 $job 2>/dev/null; do wait $job; code=$?; done; echo $code > "$exit_file.part"; mv "$exit_file.part" "$exit_file"'
 
 
 def launch(
@@ -386,23 +425,27 @@ def launch(
 ) -> "Run | Nodes":
     "Start a run under torchrun and return at once; `ConfigError` before anything starts if the settings cannot be used."
     args = check_paths(load_args(source, *overrides, **values))
+    for name, value, least in (("nnodes", nnodes, 1), ("nproc_per_node", nproc_per_node or 1, 1), ("max_restarts", max_restarts, 0)):
+        if value < least: raise ConfigError(name, f"{value} is less than {least}")
     n = processes(args, nproc_per_node) if nnodes == 1 else nproc_per_node or 8
     if args.world_size not in (None, n * nnodes): raise ConfigError("world_size", f"{args.world_size} is set and {n * nnodes} processes would run", "leave it out")
-    folder = prepare(args, nproc_per_node=n, nnodes=nnodes)
+    folder = prepare(args, n * nnodes)
+    job = dict(nproc_per_node=n, nnodes=nnodes, max_steps=args.max_steps, detached=detach)
     options = [f"--nproc-per-node={n}", f"--max-restarts={max_restarts}", *torchrun_options(), f"--log-dir={folder / 'logs'}", "--redirects=3"]
     train = ["-m", "mistral_nb.train", str(folder / "config.yaml")]
-    if nnodes > 1: return Nodes(folder.parent, nnodes, n, endpoint, options, train)
+    if nnodes > 1:
+        write_job(folder, process=None, **job)
+        return Nodes(folder.parent, nnodes, n, endpoint, options, train)
     free_gpus()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, *train]
     with open(folder / "torchrun.log", "wb") as log:
         process = subprocess.Popen(["sh", "-c", UNDER_A_SHELL, "sh", str(folder / "exit"), *command], env=child_env(n, detach), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    (folder / "job.json").write_text(json.dumps(dict(process=process_id(process.pid), nproc_per_node=n, nnodes=1, detached=detach, command=shlex.join(command))))
+    write_job(folder, process=process_id(process.pid), command=shlex.join(command), **job)
     return Run(folder.parent, process)
 
 
 def attach(run_dir: str | Path) -> Run:
     "The job that was launched in `run_dir`, by whichever kernel, running or not."
-    if not (Path(run_dir) / "launch" / "job.json").exists(): raise ConfigError("run_dir", f"no job was launched in {run_dir}", "launch starts one; mistral_nb.runs lists the runs in a folder")
     return Run(run_dir)
 
 # %% ../../nbs/notebook/50_launch.ipynb #nodes
@@ -432,15 +475,17 @@ class Nodes:
     def sbatch(self, time: str = "24:00:00", **options: str | int) -> Text:
         "A Slurm script; `options` are sbatch's, with _ for -: `partition=\"gpu\"`, `gpus_per_node=8`"
         asked = {"job-name": self.run_dir.name, "nodes": self.nnodes, "ntasks-per-node": 1, "gpus-per-node": self.nproc_per_node, "time": time, "output": self.run_dir / "launch/slurm.log", "signal": "B:TERM@300"} | {k.replace("_", "-"): v for k, v in options.items()}
-        exit_file = shlex.quote(str(self.run_dir / "launch/exit"))
+        exit_file, stop = (shlex.quote(str(p)) for p in (self.run_dir / "launch/exit", stop_file(self.run_dir)))
         return Text("\n".join([
             "#!/bin/bash",
             *(f"#SBATCH --{k}={v}" for k, v in asked.items()),
-            f"trap 'touch {shlex.quote(str(stop_file(self.run_dir)))}' TERM  # five minutes before the time is up: save and end",
+            f"rm -f {exit_file} {stop}",
+            f"trap 'touch {stop}' TERM  # five minutes before the time is up: save and end",
             "first=$(scontrol show hostnames \"$SLURM_JOB_NODELIST\" | head -n 1)",
             f"srun bash -c {shlex.quote(self.command('$1:29500', True))} node \"$first\" &",
-            "until wait $!; do code=$?; kill -0 $! 2>/dev/null || break; done",
-            f"echo ${{code:-0}} > {exit_file}",
+            "wait $!; code=$?",
+            "while kill -0 $! 2>/dev/null; do wait $!; code=$?; done",
+            f"echo $code > {exit_file}",
         ]) + "\n")
 
     def submit(self, **options: Any) -> str:

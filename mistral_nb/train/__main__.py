@@ -22,7 +22,9 @@ from . import dist
 from .checkpoint import CheckpointError
 from .loop import Trainer
 from .loop import check_unused
+from .plan import choose_device
 from .stop import Interrupted
+from .stop import forget_stop
 
 # %% ../../nbs/train/37_main.ipynb #run
 SPOKEN = (OSError, ImportError, torch.OutOfMemoryError, ConfigError, DataError, SampleError, TokenizerError, ModelError, CheckpointError, FloatingPointError)
@@ -35,7 +37,8 @@ def run(config: str, overrides: list[str]) -> int:
     "Train as `config` says; returns the exit code."
     try:
         args = load_args(config, *overrides)
-        if not (args.resume or dist.restarted()) and dist.first(): check_unused(args.run_dir)
+        ranks = dist.start(choose_device(args.device), args.timeout_minutes)
+        if not ranks.restarted: dist.on_main(lambda: (None if args.resume else check_unused(args.run_dir), forget_stop(args.run_dir)))
         trainer = Trainer(args)
         if trainer.ranks.main: print(trainer, flush=True)
         history = trainer.fit()

@@ -52,13 +52,17 @@ from ..model.lora import attach
 from ..model.lora import init_lora
 from ..model.lora import init_pissa
 from ..model.lora import kind_of
+from ..model.lora import tables_of
 from ..model.lora import train_also
 from ..model.transformer import Transformer
 from ..model.weights import file_dtype
 from ..model.weights import load_model
 from ..model.weights import stored_kind
 from . import dist
+from .checkpoint import CheckpointError
+from .checkpoint import Hold
 from .checkpoint import checkpoint_dir
+from .checkpoint import checkpoints
 from .checkpoint import load_checkpoint
 from .checkpoint import newest_good
 from .checkpoint import read_facts
@@ -77,6 +81,7 @@ from .metrics import StepLog
 from .metrics import TensorBoard
 from .metrics import Wandb
 from .metrics import check_wandb
+from .metrics import flat
 from .metrics import peak_memory_gib
 from .optim import adamw
 from .optim import beta1_at
@@ -96,6 +101,8 @@ from .stop import Interrupted
 from .stop import StopOnSignal
 from .stop import Watchdog
 from .stop import asked_to_stop
+from .stop import forget_stop
+from .stop import note_stop
 from .stop import stop_file
 
 # %% ../../nbs/train/36_loop.ipynb #batch-loss
@@ -179,15 +186,15 @@ def check_same(args: TrainArgs, folder: Path, world_size: int) -> None:
     "`ConfigError` that names what differs between `args` and the run that wrote the checkpoint."
     facts, new = read_facts(folder), to_dict(args)
     old = to_dict(build(TrainArgs, facts["args"]))  # with what were no settings then
-    for settings in (old, new): settings["data"] = {k: v for k, v in settings["data"].items() if k != "cache"}
     rows = [s["batch_size"] * s["num_microbatches"] * n for s, n in ((old, facts["world_size"]), (new, world_size))]
     if facts["world_size"] != world_size:
         if args.packing == "mistral": raise ConfigError("world_size", f"{world_size} processes run, and {facts['world_size']} ran before", "with packing: mistral each has its own order, so start as many again")
         fits, rest = divmod(rows[0], world_size * args.batch_size)
         if rows[0] != rows[1]: raise ConfigError("num_microbatches", f"a step of {world_size} processes would have {rows[1]} rows, and had {rows[0]}", f"set it to {fits}" if not rest else f"start {facts['world_size']} processes again")
     same = MAY_CHANGE | ({"num_microbatches", "batch_size"} if rows[0] == rows[1] and args.loss_average == "tokens" and args.packing == "best_fit" else set())
-    for key in new.keys() - same:
-        if old.get(key) != new[key]: raise ConfigError(key, f"is {new[key]!r}, and {old.get(key)!r} in the run to resume", "set it back, or choose another run_dir")
+    before, now = flat(old), flat(new)
+    for key in now:
+        if key.partition(".")[0] not in same and key != "data.cache" and before.get(key) != now[key]: raise ConfigError(key, f"is {now[key]!r}, and {before.get(key)!r} in the run to resume", "set it back, or choose another run_dir")
 
 # %% ../../nbs/train/36_loop.ipynb #read-data
 def read_data(args: TrainArgs, tokenizer: Tokenizer, world_size: int = 1, progress: bool = False) -> tuple[list[Tokenized], list[Tokenized]]:
@@ -202,11 +209,13 @@ def read_data(args: TrainArgs, tokenizer: Tokenizer, world_size: int = 1, progre
 def build_model(args: TrainArgs, dtype: torch.dtype, device: str, groups: int | None = None) -> Transformer:
     "The model of a run, with its adapter or all weights trainable; its rows divided among the processes of each of `groups`."
     lora = args.lora
-    keep = lambda name, p: lora.enable and (p.dim() < 2 or kind_of(name) in lora.also_train)
+    also = tables_of(lora.also_train, load_model_args(args.model_id_or_path).tied_embeddings)
+    keep = lambda name, p: lora.enable and (p.dim() < 2 or kind_of(name) in also)
     model = load_model(args.model_id_or_path, dtype, device, args.quantize, groups and dist.sharded(device, keep, groups))
     if not lora.enable: return model.requires_grad_(True).train()
     attach(model, lora.rank, scaling(args), lora.dropout, lora.targets, lora.dora)
-    (init_pissa if lora.init == "pissa" else init_lora)(model, args.seed)
+    if lora.init == "pissa": init_pissa(model, args.seed, dist.agreed)
+    else: init_lora(model, args.seed)
     train_also(model, lora.also_train)
     return model.train()
 
@@ -280,7 +289,7 @@ class Trainer:
         self.device = choose_device(args.device)
         self.ranks = dist.start(self.device)
         if args.world_size not in (None, self.ranks.world_size): raise ConfigError("world_size", f"{args.world_size} is set and {self.ranks.world_size} processes run", "leave it out, or start torchrun with as many")
-        self.begun = args.resume or dist.restarted()  # then run_dir may hold a run
+        self.begun = args.resume or self.ranks.restarted  # then run_dir may hold a run
         begin = self._newest() if self.begun else None
         used(args.run_dir)  # says early if it is a file
         if args.wandb.project: check_wandb(args.wandb.offline)
@@ -289,7 +298,8 @@ class Trainer:
         self.tokenizer = load_tokenizer(args.model_id_or_path)
         check_vocab(self.tokenizer, self.model_args.vocab_size)
         self.data, self.eval_data = read_data(args, self.tokenizer, self.ranks.world_size, self.ranks.main)
-        self.counts, self.step, self.skipped, self.history, self.writer, self.watch = PackCounts(), 0, 0, History(), Writer(), None
+        self.step, self.skipped, self.inside, self.history, self.writer, self.watch = 0, 0, False, History(), Writer(), None
+        if self.ranks.main and not dist.launched(): forget_stop(args.run_dir)
         self.batches = self._batches()
         torch.manual_seed(args.seed + self.ranks.rank)
         dtype = choose_dtype(args.dtype, self.device, args.lora.enable, self.file_dtype)
@@ -302,7 +312,7 @@ class Trainer:
         self.model.recompute = self.plan.recompute
 
     def _batches(self) -> TrainBatches:
-        a = self.args
+        a, self.counts = self.args, PackCounts()
         return train_batches(self.data, a.seq_len, a.batch_size, a.packing, a.seed, self.ranks.rank, self.ranks.world_size, a.data.instruct.shuffle, a.data.shuffle, self.counts, a.data.long_rows)
 
     def _planned(self, dtype: torch.dtype) -> Plan:
@@ -312,7 +322,7 @@ class Trainer:
         mine = int(a.memory_gib * 2**30) if a.memory_gib else free // (node if self.device == "cpu" else 1), node
         frees, nodes = zip(*dist.all_objects(mine))  # all ranks plan the same
         if a.placement == "hybrid" and len(set(nodes)) > 1: raise ConfigError("placement", f"hybrid needs as many processes on each node, and there are {min(nodes)} to {max(nodes)}", "placement: shard")
-        plan = make_plan(a, self.model_args, dtype, min(frees), name, longest, stored_kind(a.model_id_or_path, a.quantize), has_expanded_heads(self.device, dtype), len(nodes), node)
+        plan = make_plan(a, self.model_args, dtype, min(frees), name, longest, stored_kind(a.model_id_or_path, a.quantize), has_expanded_heads(self.device, dtype), len(nodes), node if len(set(nodes)) == 1 else len(nodes))
         if not plan.fits: warnings.warn(f"this run {plan.how()}", stacklevel=3)
         return plan
 
@@ -325,6 +335,7 @@ class Trainer:
     def _go_on(self, folder: Path) -> None:
         "Weights, optimizer and data position of a checkpoint"
         facts = read_facts(folder)
+        if self.inside or self.step: self.batches = self._batches()
         self.step, self.skipped = facts["step"], facts.get("skipped", 0)
         torch.manual_seed((self.args.seed + 1) * 1_000_003 + self.step * 1009 + self.ranks.rank)  # of a rank that was not there before
         load_checkpoint(folder, self.model, self.optimizer, self.ranks.rank)
@@ -344,6 +355,8 @@ class Trainer:
         try: loss, norm = train_step(self.model, batches, self.optimizer, a.max_norm, a.loss_average, self.scaler, self.plan.limit)
         except NotFinite as e:
             here, places = zip(*dist.all_objects((e.here, f"rank {self.ranks.rank}, in {self.lines_of(a.num_microbatches)}")))
+            self.writer.join()
+            self.history.checkpoint = self.writer.newest or self.history.checkpoint
             said = f"step {self.step + 1}: {e}; of " + "; and of ".join([p for h, p in zip(here, places) if h] or places)
             if self.skipped >= a.skip_not_finite: raise FloatingPointError(f"{said}; the weights are those after step {self.step}, the last checkpoint is {self.history.checkpoint}" + (f"; {self.skipped} steps were left out before" if self.skipped else "")) from None
             self.skipped += 1
@@ -370,28 +383,38 @@ class Trainer:
 
     def steps(self) -> Iterator[StepLog]:
         "A record for each step up to max_steps; evaluates and saves on the way, and ends on a step's edge when interrupted"
-        if not self.begun: dist.on_main(lambda: check_unused(self.args.run_dir))
-        self.begun = True
+        if self.inside: raise CheckpointError(f"this trainer ended inside step {self.step + 1}: fit(resume=True) goes on from its newest checkpoint, and a new Trainer with resume=True does, too")
+        hold = Hold(self.args.run_dir)
+        dist.on_main(lambda: (check_unused(self.args.run_dir) if not self.begun or not self.step and checkpoints(self.args.run_dir) else None, hold.__enter__()))
+        self.begun, unsaid = True, None
         sinks = open_sinks(self.args, self.step) if self.ranks.main else []
         with StopOnSignal() as stop, self._watched():
             try:
+                if self.step == self.args.max_steps and not self.args.no_ckpt and not checkpoint_dir(self.args.run_dir, self.step).exists(): self.save()  # could not be written before
                 while self.step < self.args.max_steps:
+                    self.inside = True
                     record = self._marked(self.one_step())
+                    self.inside = False
                     self.history.records.append(record)
                     for sink in sinks:  # before the checkpoint: a step that is saved has its record
                         if record.eval: sink.log(record.eval)  # first: who reads a step's record finds its evaluation
-                        if self._due(self.args.log_freq) or record.eval or record.checkpoint: sink.log(record)
+                        if (said := self._due(self.args.log_freq) or record.eval or record.checkpoint): sink.log(record)
+                        unsaid = None if said else record
                     if record.checkpoint: self.save() if self.step == self.args.max_steps else self.begin_save()
                     yield record
                     self._alive()
                     if (why := self._agreed(stop)) and self.step < self.args.max_steps:
+                        for sink in sinks if unsaid else []: sink.log(unsaid)
                         saved = self.args.no_ckpt or self.save()
-                        if self.ranks.main: stop_file(self.args.run_dir).unlink(missing_ok=True)
+                        if self.ranks.main: note_stop(self.args.run_dir, why)
                         raise Interrupted(self.step, None if saved is True else Path(saved), why)
             finally:
                 self.writer.join()
                 self.history.checkpoint = self.writer.newest or self.history.checkpoint
+                if error := self.writer.failed(): warnings.warn(str(error), stacklevel=2)
                 for sink in sinks: sink.close()
+                if self.ranks.main: stop_file(self.args.run_dir).unlink(missing_ok=True)  # it was meant for this run
+                hold.__exit__()
 
     def _due(self, every: int) -> bool: return self.step == self.args.max_steps or every > 0 and self.step % every == 0
 
@@ -449,9 +472,10 @@ class Trainer:
 
     def fit(self, resume: bool = False) -> History:
         "Train to the end with a progress bar; returns the records. `resume` goes on from the newest checkpoint in run_dir, if there is one"
-        if resume and not self.begun:
+        if resume and (self.inside or not self.begun):
             if newest := self._newest(): self._go_on(newest)
-            self.begun = True
+            elif self.inside: raise CheckpointError(f"this trainer ended inside step {self.step + 1}, and {self.args.run_dir} has no checkpoint: make a new Trainer")
+            self.begun, self.inside = True, False
         follow(self.steps(), self.step, self.args.max_steps, self.args.log_freq, quiet=not self.ranks.main)
         return self.history
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SAFE', 'WORTH', 'choose_device', 'choose_dtype', 'Job', 'weight_bytes', 'n_trained', 'saved_bytes', 'live_bytes',
-           'unpacked_bytes', 'Memory', 'loss_bytes', 'gathered_bytes', 'memory', 'most_tokens', 'fit', 'free_memory',
-           'job_of', 'has_expanded_heads', 'Plan', 'gib', 'layers_asked_for', 'shares', 'make_plan', 'advice', 'plan',
-           'elsewhere_dtype']
+           'unpacked_bytes', 'Memory', 'loss_bytes', 'tables', 'whole_tables', 'share_bytes', 'gathered_bytes',
+           'memory', 'most_tokens', 'fit', 'free_memory', 'job_of', 'has_expanded_heads', 'Plan', 'gib',
+           'layers_asked_for', 'shares', 'make_plan', 'advice', 'plan', 'elsewhere_dtype']
 
 # %% ../../nbs/train/35_plan.ipynb #imports
 import os
@@ -24,6 +24,7 @@ from ..model.args import ModelArgs
 from ..model.args import linears
 from ..model.args import load_model_args
 from ..model.attention import has_varlen
+from ..model.lora import tables_of
 from ..model.quant import stored_bits
 from ..model.weights import file_dtype
 from ..model.weights import stored_kind
@@ -134,12 +135,27 @@ def loss_bytes(job: Job, tokens: int) -> int:
     return 2 * tokens * a.dim * job.size + chunk + 8 * a.vocab_size * a.dim * learns
 
 
+def tables(a: ModelArgs) -> int: return 1 if a.tied_embeddings else 2
+
+
+def whole_tables(job: Job) -> int:
+    "How many tables each process keeps whole, since they are trained beside an adapter."
+    return len(tables_of([k for k in job.also if k != "norms"], job.model.tied_embeddings))
+
+
+def share_bytes(job: Job) -> int:
+    "The frozen weights that one of the processes holds."
+    whole = whole_tables(job) * job.model.vocab_size * job.model.dim * job.size if job.shares > 1 else 0
+    return (weight_bytes(job) - whole) // job.shares + whole
+
+
 def gathered_bytes(job: Job) -> int:
-    "A layer, the next one, the message that it comes in, and both tables; in a full training also gradients of a layer, before and while they are sent."
+    "A layer, the next one, the message that it comes in, and the output matrix; or, at the start, both tables and a message; in a full training also gradients of a layer, before and while they are sent."
     if job.shares == 1: return 0
-    a = job.model
-    tables = a.vocab_size * a.dim * job.size * (1 if a.tied_embeddings else 2)
-    return (3 + 2 * job.full) * (weight_bytes(job) - tables) // a.n_layers + tables
+    table, n = job.model.vocab_size * job.model.dim * job.size, tables(job.model)
+    layers = (3 + 2 * job.full) * (weight_bytes(job) - n * table) // job.model.n_layers
+    divided = n - whole_tables(job)
+    return max(layers + table * min(divided, 1), table * (divided + 1) * (divided > 0))  # the first is put together while the output matrix is there
 
 
 def memory(
@@ -152,7 +168,7 @@ def memory(
     width = job.size if job.full else 4
     kept = (a.n_layers - recompute) * saved_bytes(job) + recompute * a.dim * job.size + a.dim * job.size + 4 * a.head_dim + 17  # inputs of recomputed layers and of the last norm, rotations, ids
     live = live_bytes(job) + (saved_bytes(job) if recompute else 0)
-    return Memory(weight_bytes(job) // job.shares, gathered_bytes(job), 0 if job.full else 4 * n, width * n // shares, 2 * width * n // shares, tokens * kept, tokens * live + unpacked_bytes(job), loss_bytes(job, tokens))
+    return Memory(share_bytes(job), gathered_bytes(job), 0 if job.full else 4 * n, width * n // shares, 2 * width * n // shares, tokens * kept, tokens * live + unpacked_bytes(job), loss_bytes(job, tokens))
 
 # %% ../../nbs/train/35_plan.ipynb #fit
 SAFE = 0.92  # share of the free memory that is planned with
@@ -270,7 +286,7 @@ def layers_asked_for(checkpoint: bool | int | str, n_layers: int) -> int | None:
 
 def shares(placement: str, world_size: int, node: int) -> list[int]:
     "Among how many of the processes, `node` of them on each node, a model is divided; the first that fits is taken."
-    return {"auto": [1, world_size], "replicate": [1], "shard": [world_size], "hybrid": [node]}[placement]
+    return {"auto": list(dict.fromkeys([1, node, world_size])), "replicate": [1], "shard": [world_size], "hybrid": [node]}[placement]
 
 
 def make_plan(
@@ -283,13 +299,13 @@ def make_plan(
     storage: str | None = None,  # of the matrices, if the folder is packed already
     expanded: bool = False,  # see Job
     world_size: int = 1,  # processes
-    node: int | None = None,  # of them, on one node
+    node: int | None = None,  # of them, on one node; up to 8 if it is not known
 ) -> Plan:
     "How a run uses its devices' memory, or the smallest use of it and what would fit."
     alone, tokens = job_of(args, model, dtype, storage, expanded), args.seq_len * args.batch_size
     longest = min(longest or args.seq_len, args.seq_len)
     fixed = layers_asked_for(args.checkpoint, model.n_layers)
-    for n in shares(args.placement, world_size, node or world_size):
+    for n in shares(args.placement, world_size, node or min(world_size, 8)):
         job = replace(alone, shares=n)
         if found := fit(job, int(SAFE * budget), tokens, longest, fixed): return Plan(job, budget, device, tokens, *found, True, (), world_size)
     smallest = longest, model.n_layers if fixed is None else fixed
