@@ -33,8 +33,8 @@ from mistral_nb.model.weights import load_model
 from mistral_nb.model.weights import read_tensors
 from mistral_nb.model.weights import save_tensors
 from mistral_nb.train.checkpoint import trained
-from mistral_nb.train.loop import batch_loss
-from mistral_nb.train.loop import train_step
+from mistral_nb.train.step import batch_loss
+from mistral_nb.train.step import train_step
 from mistral_nb.train.optim import adamw
 from mistral_nb.train.optim import beta1_at
 from mistral_nb.train.optim import lr_at

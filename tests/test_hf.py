@@ -16,7 +16,7 @@ from mistral_nb.infer.generate import generate
 from mistral_nb.model.lora import adapters, attach, load_adapter_state, merged_state
 from mistral_nb.model.weights import load_model, read_tensors, save_model, unpermute, weight_files
 from mistral_nb.train.checkpoint import trained
-from mistral_nb.train.loop import batch_loss
+from mistral_nb.train.step import batch_loss
 
 SHAPE = dict(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
              head_dim=None, sliding_window=None, max_position_embeddings=512, attn_implementation="eager")

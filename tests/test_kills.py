@@ -15,7 +15,7 @@ from conftest import ended
 from conftest import needs_proc
 from conftest import steps_done
 from conftest import train_command
-from mistral_nb.notebook.launch import family
+from mistral_nb.notebook.job import family
 from mistral_nb.train.checkpoint import checkpoints
 from mistral_nb.train.checkpoint import fault
 from mistral_nb.train.metrics import read_records

@@ -16,12 +16,12 @@ from conftest import ended
 from conftest import needs_proc
 from conftest import steps_done
 from mistral_nb.demo import demo_settings
-from mistral_nb.notebook.launch import RunFailed
-from mistral_nb.notebook.launch import attach
-from mistral_nb.notebook.launch import diagnose
-from mistral_nb.notebook.launch import family
+from mistral_nb.notebook.job import RunFailed
+from mistral_nb.notebook.job import attach
+from mistral_nb.notebook.job import diagnose
+from mistral_nb.notebook.job import family
+from mistral_nb.notebook.job import send
 from mistral_nb.notebook.launch import launch
-from mistral_nb.notebook.launch import send
 from mistral_nb.train.checkpoint import checkpoints
 from mistral_nb.train.checkpoint import fault
 from mistral_nb.train.loop import Trainer

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RENAMED', 'POSITIVE', 'CHOICES', 'LORA_CHOICES', 'LONG_ROWS', 'ConfigError', 'InstructArgs', 'DataArgs', 'LoraArgs',
            'OptimArgs', 'WandbArgs', 'MLFlowArgs', 'TrainArgs', 'build', 'SourcePath', 'parse_sources', 'check',
-           'check_lora', 'check_paths', 'jsonl_files', 'read_yaml', 'parse_yaml', 'load_args', 'to_dict',
+           'check_lora', 'check_paths', 'jsonl_files', 'read_yaml', 'parse_yaml', 'load_args', 'to_dict', 'flat',
            'parse_command', 'changes', 'show_args', 'save_args']
 
 # %% ../../nbs/core/01_config.ipynb #imports
@@ -332,6 +332,13 @@ def load_args(
 def to_dict(args: Any) -> dict:
     "Settings as plain nested dicts."
     return asdict(args)
+
+
+def flat(settings: dict, prefix: str = "") -> dict[str, Any]:
+    "Nested settings with dotted names."
+    out: dict[str, Any] = {}
+    for k, v in settings.items(): out |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
+    return out
 
 
 def parse_command(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:

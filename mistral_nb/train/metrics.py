@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EvalLog', 'StepLog', 'clock', 'peak_memory_gib', 'Sink', 'plain', 'JsonLines', 'read_records', 'parsed', 'scalars',
-           'TensorBoard', 'check_wandb', 'Wandb', 'MLFlow', 'flat', 'History', 'runs']
+           'TensorBoard', 'check_wandb', 'Wandb', 'MLFlow', 'History', 'runs']
 
 # %% ../../nbs/train/34_metrics.ipynb #imports
 import json
@@ -20,6 +20,7 @@ from typing import Any, Iterable, Iterator, Protocol
 import torch
 
 from ..core.config import ConfigError
+from ..core.config import flat
 from ..core.html import Picture
 from ..core.html import Table
 from ..core.html import short_path
@@ -178,13 +179,6 @@ class MLFlow:
         for name, value in scalars(record).items(): self.client.log_metric(self.run_id, name, value, step=record.step)
 
     def close(self) -> None: self.client.set_terminated(self.run_id)
-
-
-def flat(settings: dict, prefix: str = "") -> dict[str, Any]:
-    "Nested settings with dotted names."
-    out: dict[str, Any] = {}
-    for k, v in settings.items(): out |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
-    return out
 
 # %% ../../nbs/train/34_metrics.ipynb #history
 @dataclass
