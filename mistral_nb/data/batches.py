@@ -211,7 +211,7 @@ class TrainBatches:
     "Endless batches of one rank."
 
     def __init__(self, rows: Iterator[list[Piece]], samples: TokenFile, seq_len: int, batch_size: int, counts: PackCounts, rank: int = 0, world_size: int = 1):
-        self.rows, self.samples, self.seq_len, self.batch_size, self.counts, self.taken = rows, samples, seq_len, batch_size, counts, 0
+        self.rows, self.samples, self.seq_len, self.batch_size, self.counts, self.taken, self.known = rows, samples, seq_len, batch_size, counts, 0, None
         self.recent: deque[list[list[Piece]]] = deque(maxlen=1024)  # plans of the last batches
         shared = isinstance(rows, Packer)  # one order for all ranks; mistral-finetune's ranks each have their own
         self.rank, self.world_size = (rank, world_size) if shared else (0, 1)
@@ -237,8 +237,13 @@ class TrainBatches:
         return dict(taken=self.taken, counts=asdict(self.counts), data=self.fingerprint(), **place)
 
     def fingerprint(self) -> int:
-        "A number that changes when the samples do"
-        return zlib.crc32(self.samples.length.tobytes(), zlib.crc32(self.samples.trained.tobytes()))
+        "A number that changes when the samples do: every length, and the ids of up to 65,536 samples"
+        if self.known is None:
+            n, found = len(self.samples.length), zlib.crc32(self.samples.length.tobytes(), zlib.crc32(self.samples.trained.tobytes()))
+            some = np.unique(np.linspace(0, n - 1, min(n, 65_536)).astype(int)).tolist()
+            for i, (tokens, _, at) in zip(some, self.samples.places(some)): found = zlib.crc32(np.ascontiguousarray(tokens[at : at + self.samples.length[i]]), found)
+            self.known = found
+        return self.known
 
     def load_state(self, state: dict[str, Any]) -> None:
         "Go on from what `state` gave, on any rank; mistral-finetune's order is walked again up to there. `DataError` if the data is another"

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Stored', 'NF4_STATE', 'LAYOUTS', 'HF_KEYS', 'part_names', 'from_bitsandbytes', 'weight_files', 'read_tensors',
            'own_name', 'unpermute', 'unpermute_any', 'from_hf_names', 'read_ahead', 'Stacks', 'packed_as', 'share_out',
-           'rows_for', 'some_rows', 'load_model', 'file_dtype', 'stored_kind', 'packed_names', 'names_in',
-           'save_tensors', 'save_model', 'init_model', 'extend_vocab']
+           'rows_for', 'some_rows', 'load_model', 'file_dtype', 'stored_kind', 'fingerprint', 'packed_names',
+           'names_in', 'save_tensors', 'save_model', 'init_model', 'extend_vocab']
 
 # %% ../../nbs/model/27_weights.ipynb #imports
+import hashlib
 import json
 import os
 import pickle
@@ -264,6 +265,19 @@ def stored_kind(folder: str | Path, quantize: str = "none") -> str:
     if not packed_names(files): return quantize
     if quantize not in ("none", "nf4"): raise ModelError(f"{folder} is packed in nf4 already: quantize: {quantize} would round it a second time")
     return "nf4"
+
+
+def fingerprint(folder: str | Path, blocks: int = 64, size: int = 4096) -> str:
+    "A digest that changes when the weights do: the size of each file, and blocks spread over it."
+    found = hashlib.blake2b(digest_size=12)
+    for file in weight_files(folder):
+        length = file.stat().st_size
+        found.update(str(length).encode())
+        with open(file, "rb") as f:
+            for i in range(blocks):
+                f.seek(i * max(0, length - size) // max(1, blocks - 1))
+                found.update(f.read(size))
+    return found.hexdigest()
 
 
 def packed_names(files: list[Path]) -> set[str]:

@@ -6,8 +6,8 @@
 __all__ = ['LORA_KEYS', 'Files', 'SUMS', 'MAY_CHANGE', 'CheckpointError', 'checkpoint_dir', 'step_of', 'checkpoints',
            'consolidated_files', 'put', 'trained', 'rng_state', 'training_tensors', 'rng_tensors', 'training_state',
            'shared_as', 'load_training_state', 'digests', 'fault', 'newest_good', 'settle', 'settle_one', 'used',
-           'check_unused', 'check_same', 'Hold', 'is_held', 'snapshot', 'write_checkpoint', 'Writer', 'read_facts',
-           'load_checkpoint', 'adapter_scaling']
+           'check_unused', 'same_rows', 'check_same', 'Hold', 'is_held', 'snapshot', 'write_checkpoint', 'Writer',
+           'read_facts', 'load_checkpoint', 'adapter_scaling']
 
 # %% ../../nbs/train/33_checkpoint.ipynb #imports
 import hashlib
@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import warnings
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from threading import Thread
@@ -48,6 +49,7 @@ from ..model.quant import all_rows
 from ..model.quant import is_shared
 from ..model.quant import local
 from ..model.quant import own_rows
+from ..model.weights import fingerprint
 from ..model.weights import save_tensors
 
 try: import fcntl
@@ -223,6 +225,13 @@ def check_unused(run_dir: str | Path) -> None:
     if mark := used(run_dir): raise ConfigError("run_dir", f"{run_dir} already holds a run ({mark})", "resume: true goes on from its last checkpoint; or choose another run_dir")
 
 
+def same_rows(args: TrainArgs, folder: Path, world_size: int) -> TrainArgs:
+    "`args` with as many micro-batches as give a step on `world_size` processes the rows that it had in the run of a checkpoint, if any number does."
+    facts = read_facts(folder)
+    rows = facts["args"]["batch_size"] * facts["args"]["num_microbatches"] * facts["world_size"]
+    return args if rows % (world_size * args.batch_size) else replace(args, num_microbatches=rows // (world_size * args.batch_size))
+
+
 def check_same(args: TrainArgs, folder: Path, world_size: int) -> None:
     "`ConfigError` that names what differs between `args` and the run that wrote the checkpoint."
     facts, new = read_facts(folder), to_dict(args)
@@ -232,6 +241,7 @@ def check_same(args: TrainArgs, folder: Path, world_size: int) -> None:
         if args.packing == "mistral": raise ConfigError("world_size", f"{world_size} processes run, and {facts['world_size']} ran before", "with packing: mistral each has its own order, so start as many again")
         fits, rest = divmod(rows[0], world_size * args.batch_size)
         if rows[0] != rows[1]: raise ConfigError("num_microbatches", f"a step of {world_size} processes would have {rows[1]} rows, and had {rows[0]}", f"set it to {fits}" if not rest else f"start {facts['world_size']} processes again")
+    if "model" in facts and facts["model"] != fingerprint(args.model_id_or_path): raise ConfigError("model_id_or_path", f"{args.model_id_or_path} holds other weights than the model of the run to resume", "an adapter fits the model that it was trained on only: put it back, or choose another run_dir")
     same = MAY_CHANGE | ({"num_microbatches", "batch_size"} if rows[0] == rows[1] and args.loss_average == "tokens" and args.packing == "best_fit" else set())
     before, now = flat(old), flat(new)
     for key in now:

@@ -76,7 +76,7 @@ _ranks: Ranks | None = None  # of this process, once it has joined
 
 
 def start(device: str = "cpu", timeout_minutes: float = 30) -> Ranks:
-    "Join the process group if torchrun started this process."
+    "Join the process group if torchrun started this process; messages may take twice `timeout_minutes`, so that who hangs speaks first."
     global _ranks
     if not launched(): return Ranks()
     if _ranks and dist.is_initialized(): return _ranks
@@ -85,7 +85,7 @@ def start(device: str = "cpu", timeout_minutes: float = 30) -> Ranks:
     if device == "cuda": torch.cuda.set_device(local_rank)
     store = next(dist.rendezvous("env://"))[0]
     name, restarts = meet(store, rank, world_size, 60 * timeout_minutes)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.PrefixStore(name, store), rank=rank, world_size=world_size, timeout=timedelta(minutes=timeout_minutes))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.PrefixStore(name, store), rank=rank, world_size=world_size, timeout=timedelta(minutes=2 * timeout_minutes))
     _ranks = Ranks(rank, world_size, local_rank, here, restarts)
     return _ranks
 

@@ -51,6 +51,7 @@ from ..model.lora import tables_of
 from ..model.lora import train_also
 from ..model.transformer import Transformer
 from ..model.weights import file_dtype
+from ..model.weights import fingerprint
 from ..model.weights import load_model
 from ..model.weights import stored_kind
 from . import dist
@@ -64,6 +65,7 @@ from .checkpoint import load_checkpoint
 from .checkpoint import newest_good
 from .checkpoint import read_facts
 from .checkpoint import rng_state
+from .checkpoint import same_rows
 from .checkpoint import snapshot
 from .checkpoint import trained
 from .checkpoint import used
@@ -181,14 +183,15 @@ class Trainer:
     ):
         self.args = args = check_paths(load_args(source, *overrides, **values))
         self.device = choose_device(args.device)
-        self.ranks = dist.start(self.device)
+        self.ranks = dist.start(self.device, args.timeout_minutes)
         if args.world_size not in (None, self.ranks.world_size): raise ConfigError("world_size", f"{args.world_size} is set and {self.ranks.world_size} processes run", "leave it out, or start torchrun with as many")
         self.begun = args.resume or self.ranks.restarted  # then run_dir may hold a run
         begin = self._newest() if self.begun else None
+        args = self.args
         used(args.run_dir)  # says early if it is a file
         if args.wandb.project: check_wandb(args.wandb.offline)
         stored_kind(args.model_id_or_path, args.quantize)  # says early if the folder is packed otherwise
-        self.model_args, self.file_dtype = load_model_args(args.model_id_or_path), file_dtype(args.model_id_or_path)
+        self.model_args, self.file_dtype, self.base = load_model_args(args.model_id_or_path), file_dtype(args.model_id_or_path), fingerprint(args.model_id_or_path)
         self.tokenizer = load_tokenizer(args.model_id_or_path)
         check_vocab(self.tokenizer, self.model_args.vocab_size)
         self.data, self.eval_data = read_data(args, self.tokenizer, self.ranks.world_size, self.ranks.main)
@@ -223,6 +226,7 @@ class Trainer:
     def _newest(self) -> Path | None:
         "The checkpoint to go on from, if there is one; the settings must be those of its run"
         found = dist.from_main(newest_good(self.args.run_dir) if self.ranks.main else None)
+        if found and self.ranks.restarted: self.args = same_rows(self.args, found, self.ranks.world_size)  # nobody is there to set it, if nodes went or came
         if found: check_same(self.args, found, self.ranks.world_size)
         return found
 
@@ -234,7 +238,7 @@ class Trainer:
         torch.manual_seed((self.args.seed + 1) * 1_000_003 + self.step * 1009 + self.ranks.rank)  # of a rank that was not there before
         load_checkpoint(folder, self.model, self.optimizer, self.ranks.rank)
         if self.scaler and facts["scaler"]: self.scaler.load_state_dict(facts["scaler"])
-        self.history.checkpoint = folder
+        self.history.checkpoint, self.history.records = folder, [r for r in self.history.records if r.step <= self.step]
         self.batches.load_state(facts["data"])
         before = replace(self.plan, micro=facts.get("micro", self.plan.micro), recompute=facts.get("recompute", self.plan.recompute))
         if repr(self.args.checkpoint) == repr(facts["args"]["checkpoint"]) and before.memory.total <= self.plan.budget: self.plan = before  # the same cuts, to the last bit
@@ -284,7 +288,7 @@ class Trainer:
         sinks = open_sinks(self.args, self.step) if self.ranks.main else []
         with StopOnSignal() as stop, self._watched():
             try:
-                if self.step == self.args.max_steps and not self.args.no_ckpt and not checkpoint_dir(self.args.run_dir, self.step).exists(): self.save()  # could not be written before
+                if self.step == self.args.max_steps and not self.args.no_ckpt and dist.from_main(not checkpoint_dir(self.args.run_dir, self.step).exists()): self.save()  # could not be written before
                 while self.step < self.args.max_steps:
                     self.inside = True
                     record = self._marked(self.one_step())
@@ -351,7 +355,7 @@ class Trainer:
         "Copy what a checkpoint of this moment holds, and write it while training goes on; returns its folder to be"
         a = self.args
         rngs = dist.all_objects(rng_state())
-        facts = {"step": self.step, "args": to_dict(a), "world_size": self.ranks.world_size, "scaler": self.scaler and self.scaler.state_dict(), "data": self.batches.state(), "skipped": self.skipped, "micro": self.plan.micro, "recompute": self.plan.recompute}
+        facts = {"step": self.step, "model": self.base, "args": to_dict(a), "world_size": self.ranks.world_size, "scaler": self.scaler and self.scaler.state_dict(), "data": self.batches.state(), "skipped": self.skipped, "micro": self.plan.micro, "recompute": self.plan.recompute}
         if self.ranks.main:
             self.writer.join()
             self.history.checkpoint = self.writer.newest or self.history.checkpoint

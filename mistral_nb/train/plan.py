@@ -135,7 +135,9 @@ def loss_bytes(job: Job, tokens: int) -> int:
     return 2 * tokens * a.dim * job.size + chunk + 8 * a.vocab_size * a.dim * learns
 
 
-def tables(a: ModelArgs) -> int: return 1 if a.tied_embeddings else 2
+def tables(a: ModelArgs) -> int:
+    "How many matrices of vocabulary size a model has."
+    return 1 if a.tied_embeddings else 2
 
 
 def whole_tables(job: Job) -> int:
