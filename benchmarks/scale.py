@@ -117,7 +117,9 @@ def main() -> None:
     if options.rank:
         what, folder, *more = options.rank
         found = load(Path(folder), *more) if what == "load" else steps(Path(folder), more[0], int(more[1]))
-        return print("found", json.dumps(found)) if found else None
+        if found: print("found", json.dumps(found))
+        from mistral_nb.train import dist
+        dist.leave(0)
     from mistral_nb.core.html import Table
     mib, ok = lambda n: round(n / 2**20, 1), True
     with tempfile.TemporaryDirectory(dir=options.folder) as name:

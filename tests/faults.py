@@ -30,4 +30,4 @@ def broken(real, kind: str, at: int):
 
 if __name__ == "__main__":
     loop.train_step = broken(loop.train_step, sys.argv[1], int(sys.argv[2]))
-    sys.exit(main(sys.argv[3:]))
+    dist.leave(main(sys.argv[3:]))

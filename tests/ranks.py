@@ -65,8 +65,8 @@ def main(root: Path, names: list[str]) -> None:
     for name in names: out[name] = numbers(trainer(root, name, ranks, **(dict(placement="hybrid", run_dir=str(root / f"{name}.hybrid")) if nodes else {})))
     if ranks == 2: out |= {f"{name} goes on": numbers(goes_on(root, name)) for name in GOES_ON}
     if dist.start().main: (root / f"{ranks}{'.hybrid' if nodes else ''}.json").write_text(json.dumps(out))
-    dist.barrier()
     dist.end()
+    dist.leave(0)
 
 
 if __name__ == "__main__": main(Path(sys.argv[1]), sys.argv[2:])

@@ -73,4 +73,4 @@ def main(argv: list[str] | None = None) -> int:
 
 # %% ../../nbs/train/38_main.ipynb #start
 #| eval: false
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__": dist.leave(main())
