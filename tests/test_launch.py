@@ -121,6 +121,16 @@ def test_preempted(settings):
     assert ended(pids) and run.state == "stopped" and run.result.exists()
 
 
+def test_newest_is_damaged(settings):
+    "A job goes on from the newest checkpoint that is whole, and its records from there"
+    run = launch(settings(max_steps=10), nproc_per_node=1)
+    whole = [r.loss for r in run.wait().records]
+    (run.checkpoint / "training/state.json").write_text("{")
+    with pytest.warns(UserWarning, match="checkpoint_000010 is passed over"): again = launch(settings(max_steps=10), nproc_per_node=1, resume=True)
+    assert [r.step for r in again][:5] == [1, 2, 3, 4, 5] and again.state == "finished" and not fault(again.checkpoint)
+    assert [r.loss for r in again] == whole and "going on after 5" in again.logs(0, None)
+
+
 def test_refused_before_it_starts(settings):
     "What can be known beforehand is said beforehand, and nothing is lost"
     launch(settings(max_steps=4), nproc_per_node=1).wait()

@@ -168,7 +168,8 @@ class Int8Linear(Packed):
     @staticmethod
     def pack(w: Tensor) -> tuple[Tensor, Tensor]:
         "Rows of a matrix as codes and scales"
-        scale = w.float().abs().amax(1, keepdim=True) / 127
+        most = w.float().abs().amax(1, keepdim=True)
+        scale = most / torch.full_like(most, 127)  # by a tensor: CUDA takes a number's inverse, which rounds otherwise
         return (w.float() / scale.clamp(min=1e-38)).round().to(torch.int8), scale
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -188,7 +189,9 @@ FP8, FP8_MAX = torch.float8_e4m3fn, 448.0
 def fp8_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
     "Rows as e4m3 and a float32 scale each: (T, n) and (T, 1); `columns` (1, n) are multiplied in before."
     v = x.float() if columns is None else x.float() * columns
-    scale = (v.abs().amax(1, keepdim=True) / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)  # gradients are small
+    most = v.abs().amax(1, keepdim=True)
+    scale = most / torch.full_like(most, FP8_MAX)  # by a tensor, as in int8
+    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)  # gradients are small
     return (v / scale).to(FP8), scale
 
 

@@ -239,8 +239,8 @@ def check_same(args: TrainArgs, folder: Path, world_size: int) -> None:
     rows = [s["batch_size"] * s["num_microbatches"] * n for s, n in ((old, facts["world_size"]), (new, world_size))]
     if facts["world_size"] != world_size:
         if args.packing == "mistral": raise ConfigError("world_size", f"{world_size} processes run, and {facts['world_size']} ran before", "with packing: mistral each has its own order, so start as many again")
-        fits, rest = divmod(rows[0], world_size * args.batch_size)
-        if rows[0] != rows[1]: raise ConfigError("num_microbatches", f"a step of {world_size} processes would have {rows[1]} rows, and had {rows[0]}", f"set it to {fits}" if not rest else f"start {facts['world_size']} processes again")
+        fits = same_rows(args, folder, world_size).num_microbatches
+        if rows[0] != rows[1]: raise ConfigError("num_microbatches", f"a step of {world_size} processes would have {rows[1]} rows, and had {rows[0]}", f"set it to {fits}" if fits != args.num_microbatches else f"start {facts['world_size']} processes again")
     if "model" in facts and facts["model"] != fingerprint(args.model_id_or_path): raise ConfigError("model_id_or_path", f"{args.model_id_or_path} holds other weights than the model of the run to resume", "an adapter fits the model that it was trained on only: put it back, or choose another run_dir")
     same = MAY_CHANGE | ({"num_microbatches", "batch_size"} if rows[0] == rows[1] and args.loss_average == "tokens" and args.packing == "best_fit" else set())
     before, now = flat(old), flat(new)

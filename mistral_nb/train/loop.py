@@ -291,8 +291,9 @@ class Trainer:
                 if self.step == self.args.max_steps and not self.args.no_ckpt and dist.from_main(not checkpoint_dir(self.args.run_dir, self.step).exists()): self.save()  # could not be written before
                 while self.step < self.args.max_steps:
                     self.inside = True
-                    record = self._marked(self.one_step())
-                    self.inside = False
+                    record = self.one_step()
+                    self.inside = False  # what follows changes no weights
+                    record = self._marked(record)
                     self.history.records.append(record)
                     for sink in sinks:  # before the checkpoint: a step that is saved has its record
                         if record.eval: sink.log(record.eval)  # first: who reads a step's record finds its evaluation
