@@ -140,12 +140,18 @@ def cmd_check(args: argparse.Namespace) -> int:
 
 def cmd_convert(args: argparse.Namespace) -> int:
     "Rows of another format to JSON lines that training takes; exit code 1 if no row could be converted."
-    from mistral_nb.data.convert import convert, guess_format
-    from mistral_nb.data.rows import write_rows
+    from mistral_nb.data.convert import convert, guess_format, refused_file, write_refused
+    refused_file(args.to)  # before anything is read
     if not args.format: print(guess_format(args.source))
-    done = convert(args.source, args.format, args.to, args.seed, args.overwrite)
-    if done.refused: write_rows(done.refused, f"{args.to}.refused", overwrite=True)
-    print(done, f"wrote {done.path}" + (f", and what was refused to {args.to}.refused" if done.refused else ""), sep="\n")
+    version = None
+    if args.tokenizer:
+        from mistral_nb.data.tokens import load_tokenizer
+        version = load_tokenizer(args.tokenizer).number
+    done = convert(args.source, args.format, args.to, args.seed, args.overwrite, version)
+    refused = write_refused(done, args.to)
+    print(done)
+    print(f"wrote {done.path}" if done.path else f"no row could be converted: {args.to} is not written")
+    if refused: print(f"the refused rows, each with its reason: {refused}")
     return 0 if done.kept else 1
 
 
@@ -216,6 +222,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("source", help="a jsonl, json, csv, parquet or txt file, or a folder of them")
     p.add_argument("to", help="the .jsonl file to write")
     p.add_argument("--format", default=None, help="the format; guessed from the rows by default")
+    p.add_argument("--tokenizer", default=None, help="a model folder, a tokenizer file or a version: rows for it, not for any")
     p.add_argument("--seed", type=int, default=0, help="for the ids of calls")
     p.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     p = command("cache", cmd_cache, "list the token cache, or empty it")

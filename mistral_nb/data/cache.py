@@ -164,7 +164,7 @@ def _done(work: Callable, job: Any) -> Future:
     return out
 
 # %% ../../nbs/data/20_cache.ipynb #key
-FORMAT = "1"  # of the cache files; a new one makes them anew
+FORMAT = "2"  # of the cache files; a new one makes them anew
 
 
 def digest(path: str | Path, notes: Path | None = None) -> str:

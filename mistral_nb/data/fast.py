@@ -20,7 +20,6 @@ from .schema import SampleError
 from .schema import TextSample
 from .schema import Where
 from .schema import parse_chat
-from .schema import prefixes
 from .tokens import NO_ENCODING
 from .tokens import TRAINED
 from .tokens import Tokenizer
@@ -29,6 +28,7 @@ from .tokens import encode
 from .tokens import encode_all
 from .tokens import layout
 from .tokens import turn_starts
+from .tokens import with_prefixes
 
 # %% ../../nbs/data/18_fast.ipynb #byte-pairs
 _CUTS = r"\n| *[^ \n]+| +"  # a line feed; spaces with the word behind them; spaces before a line's end
@@ -130,7 +130,8 @@ class Encoder:
         try:
             if isinstance(sample, TextSample): return [text_plan(self, sample.text)]
             self.names.texts, memo, done = {}, {}, {}
-            plans = [layout(s, self.tokenizer, self.writer, memo) for s in [sample, *(prefixes(sample) if chunk else [])]]
+            every = with_prefixes(sample, self.tokenizer) if chunk else [sample]
+            plans = [layout(s, self.tokenizer, self.writer, memo) for s in every]
             texts = [self.encode_text(t) for t in self.names.texts]
             for ids in {id(ids): ids for plan in plans for ids, _ in plan}.values(): done[id(ids)] = self.bytes_of(ids, texts)  # beginnings share messages
             return [([done[id(ids)] for ids, _ in plan], [why for _, why in plan]) for plan in plans]
@@ -163,7 +164,7 @@ def filled(plan: Plan) -> TokenSample:
     return TokenSample(np.frombuffer(b"".join(parts), dtype=np.int32), (why & 1).astype(bool), why, turn_starts(reasons, lengths))
 
 # %% ../../nbs/data/18_fast.ipynb #usual
-_OTHER = {"interactions", "tools", "available_tools", "system_prompt", "only_last"}
+_OTHER = {"interactions", "tools", "available_tools", "system_prompt", "only_last", "reasoning_effort", "settings"}
 _ROLES = {"system": "s", "user": "u", "assistant": "a"}
 _TURNS = re.compile("s?(ua)+")
 _MARK = re.compile("(\ue000\\d+\ue001)")

@@ -27,6 +27,7 @@ from ..core.html import one_line
 from ..core.html import short_path
 from ..core.html import visible
 from .batches import Mixer
+from .batches import placed_lengths
 from .batches import Tokenized
 from .batches import sources
 from .cache import TokenFile
@@ -285,10 +286,12 @@ def draw_packing(axes: Any, found: dict[str, PackCounts]) -> None:
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
 
 
-def draw_mixing(axes: Any, data: Sequence[Tokenized], samples: int = 2000, seed: int = 0) -> None:
-    "Each source's share of the tokens so far, and its weight."
+def draw_mixing(axes: Any, data: Sequence[Tokenized], seq_len: int, samples: int = 2000, seed: int = 0) -> None:
+    "Each source's share of the placed positions so far, and its weight."
+    data = [d for d in data if d.trained]
     total = sum(d.source.weight for d in data)
-    mixer = Mixer([d.samples.length for d in data], [d.source.weight for d in data], [True] * len(data), seed)
+    placed = [placed_lengths(d, seq_len, "split") for d in data]
+    mixer = Mixer(placed, [d.source.weight for d in data], [True] * len(data), seed)
     shares = []
     while len(shares) < samples:
         mixer.window(1)
@@ -296,7 +299,7 @@ def draw_mixing(axes: Any, data: Sequence[Tokenized], samples: int = 2000, seed:
     for k, d in enumerate(data):
         line, = axes.plot([s[k] for s in shares], label=label(d))
         axes.axhline(d.source.weight / total, color=line.get_color(), linestyle=":", linewidth=1)
-    axes.set(xscale="log", xlabel="samples", ylim=(0, 1.02), title="Mix, by tokens")
+    axes.set(xscale="log", xlabel="samples", ylim=(0, 1.02), title="Mix, by what is placed")
 
 
 def overview(data: Sequence[Tokenized], seq_len: int) -> Picture:
@@ -308,5 +311,5 @@ def overview(data: Sequence[Tokenized], seq_len: int) -> Picture:
     draw_turns(axes["turns"], data)
     draw_trained(axes["trained"], data)
     draw_packing(axes["packing"], packings(data, seq_len))
-    draw_mixing(axes["mix"], data)
+    draw_mixing(axes["mix"], data, seq_len)
     return Picture(figure)
