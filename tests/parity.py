@@ -21,6 +21,7 @@ from mistral_nb.data.schema import parse_line
 from mistral_nb.data.schema import parse_row
 from mistral_nb.data.schema import prefixes
 from mistral_nb.data.schema import to_row
+from mistral_nb.data.tokens import as_finetune
 from mistral_nb.data.tokens import encode as encode_sample
 from mistral_nb.data.tokens import load_tokenizer
 from mistral_nb.model.lora import attach
@@ -40,7 +41,10 @@ from mistral_nb.train.optim import beta1_at
 from mistral_nb.train.optim import lr_at
 from mistral_nb.train.optim import set_schedule
 
-tokenizer = lru_cache(maxsize=None)(load_tokenizer)
+@lru_cache(maxsize=None)
+def tokenizer(where: str):
+    "A tokenizer that encodes messages as they stand, as the reference does"
+    return as_finetune(load_tokenizer(where))
 
 
 def kind_of(row: dict) -> str:

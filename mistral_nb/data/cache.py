@@ -185,7 +185,7 @@ def digest(path: str | Path, notes: Path | None = None) -> str:
 
 def cache_key(path: str | Path, kind: str, tokenizer: Tokenizer, chunk: bool, notes: Path | None = None) -> str:
     "What the tokens of a file depend on, as a short name."
-    maker = digest(tokenizer.origin, notes) if tokenizer.file else tokenizer.origin
+    maker = digest(tokenizer.file, notes) + "raw" * tokenizer.raw if tokenizer.file else tokenizer.origin
     parts = [FORMAT, installed("mistral-common"), digest(path, notes), maker, str(tokenizer.file.name if tokenizer.file else ""), kind, str(bool(chunk and kind == "instruct"))]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=12).hexdigest()
 

@@ -91,6 +91,7 @@ from .schema import to_row
 from .tokens import Tokenizer
 from .tokens import TokenizerError
 from .tokens import TokenSample
+from .tokens import as_finetune
 from .tokens import check_vocab
 from .tokens import load_tokenizer
 from .tokens import odd_effort
@@ -723,6 +724,7 @@ def with_source_problems(report: Report) -> Report:
 def check_run(args: TrainArgs, scratch: Any, workers: int | None, progress: bool) -> Report:
     "All sources of a run, for training and evaluation, as training would read them."
     tokenizer, problems = load_tokenizer(args.model_id_or_path), []
+    if args.packing == "mistral": tokenizer = as_finetune(tokenizer)
     try: check_vocab(tokenizer, vocab_size_of(args.model_id_or_path, tokenizer.vocab_size))
     except TokenizerError as e: problems.append(str(e))
     chunk, cache, files = args.data.instruct.dynamic_chunk_fn_call, cache_folder(args.data.cache), []

@@ -216,6 +216,7 @@ def parse_message(entry: Any, where: Where) -> tuple[str, Any]:
     key, content = either(entry, ("content", "text"), where, required=False)
     if role not in ROLES: raise SampleError(where.at("role"), f"the role is {one_line(repr(role), 40)}", "use one of " + ", ".join(ROLES), "role")
     if content is None and (calls is None or role != "assistant"): raise SampleError(where.at(key), "there is no content", "give content a text", "no-content")
+    if content == [] and role in ("user", "assistant"): raise SampleError(where.at(key), "the content has no parts", "give content a text", "no-content")
     try:
         if role == "user": return role, UserMessage(content=content)
         if role == "system": return role, parse_system(content, where.at(key))
@@ -261,6 +262,7 @@ def parse_chat(row: dict, where: Where = Where(), version: str = "v3") -> ChatSa
         if role != "system": messages.append(message)
         elif system is None: system = message
         else: raise SampleError(where.at(key, i), "there is more than one system prompt", "join them into one", "system")
+    if isinstance(tools, int | float): expect(tools, list, where.at(tools_key))  # 0 and false are no way to say none
     tools = parse_tools(tools, where.at(tools_key)) if tools or tools_key == "available_tools" and tools is not None else None
     try:
         only_last = _BOOL.validate_python(row.get("only_last") or False)

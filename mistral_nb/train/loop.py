@@ -40,6 +40,7 @@ from ..data.cache import cache_folder
 from ..data.pack import PackCounts
 from ..data.tokens import Tokenizer
 from ..data.tokens import check_vocab
+from ..data.tokens import as_finetune
 from ..data.tokens import load_tokenizer
 from ..model.args import load_model_args
 from ..model.args import n_params
@@ -109,6 +110,7 @@ from .stop import stop_file
 def read_data(args: TrainArgs, tokenizer: Tokenizer, world_size: int = 1, progress: bool = False) -> tuple[list[Tokenized], list[Tokenized]]:
     "Training and evaluation sources as tokens; the first bad line or too small source raises."
     chunk, cache = args.data.instruct.dynamic_chunk_fn_call, cache_folder(args.data.cache)
+    if args.packing == "mistral": tokenizer = as_finetune(tokenizer)
     train = [check_source(tokenize_source(s, tokenizer, chunk, cache, progress=progress), world_size) for s in sources(args.data.data, args.data.instruct_data)]
     found = [check_source(tokenize_source(s, tokenizer, cache=cache, progress=progress)) for s in sources("", args.data.eval_instruct_data)]
     for d in train + found: check_long(d, args.seq_len, args.data.long_rows)
