@@ -6,13 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import mistral_common
 import numpy as np
 import pytest
 
 from mistral_nb.data.batches import Mixer
+from mistral_nb.data.batches import placed_lengths
 from mistral_nb.data.batches import Source
 from mistral_nb.data.batches import tokenize_source
 from mistral_nb.data.batches import train_batches
@@ -220,6 +223,36 @@ def test_tools_and_ranks(tmp_path):
     ranks = [train_batches(data, 512, 1, seed=3, rank=r, world_size=8) for r in range(8)]
     for _ in range(5):
         for r in ranks: assert np.array_equal(next(r).x, next(whole).x)
+
+
+def test_shares():
+    "Random sources, weights and policies: each source's share of what is placed is its weight, within 2 points"
+    class Source:
+        def __init__(self, rng):
+            n = int(rng.integers(30, 400))
+            self.length = np.clip(rng.lognormal(rng.uniform(3, 7), rng.uniform(0.2, 1.5), n), 3, 6000).astype(np.int32)
+            untrained = rng.random(n) < rng.choice([0, 0.3, 0.9])
+            self.begin = np.where(untrained, self.length, np.minimum((self.length * rng.random(n) ** 0.2).astype(int), self.length - 1))
+            self.begin[0] = 1
+            self.trained, self.turns = self.length - np.maximum(self.begin, 1), lambda i: ()
+        def __len__(self): return len(self.length)
+        def places(self, numbers): return [(None, (np.arange(self.length[i]) >= self.begin[i]).astype(np.uint8), 0) for i in numbers]
+
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        found = [Source(rng) for _ in range(int(rng.integers(2, 5)))]
+        weights = rng.uniform(0.2, 5, len(found))
+        policy = ["split", "drop", "truncate_left"][seed % 3]
+        data = [SimpleNamespace(samples=s) for s in found]
+        order = Mixer([placed_lengths(d, 1024, policy) for d in data], weights.tolist(), [True] * len(found), seed)
+        both = SimpleNamespace(length=np.concatenate([s.length for s in found]), trained=np.concatenate([s.trained for s in found]), turns=lambda i: ())
+        ends = np.cumsum([len(s) for s in found])
+        owner = lambda i: int(np.searchsorted(ends, i, "right"))
+        both.places = lambda numbers: [found[owner(i)].places([i - (ends[owner(i)] - len(found[owner(i)]))])[0] for i in numbers]
+        placed = np.zeros(len(found))
+        for row in islice(Packer(order, both, 1024, policy=policy), 1000):
+            for i, first, end, _ in row: placed[owner(i)] += end - first
+        assert np.abs(placed / placed.sum() - weights / weights.sum()).max() < 0.02, (seed, policy, placed / placed.sum(), weights / weights.sum())
 
 
 def test_full_rows():

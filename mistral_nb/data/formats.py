@@ -96,7 +96,9 @@ ALONE = ("context", "passage")  # no question by themselves
 ASKED = ("prompt", "question", "query", "problem", "user", "human")  # of two of these, one may hold the other
 
 
-def is_sayable(value: Any) -> bool: return value is None or isinstance(value, str | int | float) and not isinstance(value, bool)
+def is_sayable(value: Any) -> bool:
+    "Whether a cell can be a text: a text, a number, or nothing."
+    return value is None or isinstance(value, str | int | float) and not isinstance(value, bool)
 
 
 def has_pair(row: dict) -> bool:
