@@ -1,11 +1,16 @@
-"The services that take a run's records, each for real: TensorBoard files, W&B offline, an MLflow store on disk."
+"The services that take a run's records, each for real: TensorBoard files, W&B offline, an MLflow store on disk, a server that is silent."
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
+from mistral_nb.core.config import ConfigError
 from mistral_nb.core.config import load_args
 from mistral_nb.core.config import save_args
+from mistral_nb.train import metrics
+from mistral_nb.train.checkpoint import used
 from mistral_nb.train.loop import Trainer
 from mistral_nb.train.metrics import MLFlow
 
@@ -60,3 +65,36 @@ def test_mlflow_store(settings, tmp_path):
     assert len(runs) == 1 and runs[0].data.params["lora.rank"] == "32"
     history = client.get_metric_history(runs[0].info.run_id, "train.loss")
     assert [m.value for m in sorted(history, key=lambda m: m.step)] == pytest.approx([r.loss for r in records])
+
+
+@pytest.fixture
+def silent(monkeypatch):
+    "A server that takes connections and never says a word"
+    monkeypatch.setattr(metrics, "ANSWERS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as server: yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_silent_server(settings, silent):
+    "Training waits a bounded time, says one sentence, and goes on"
+    began = time.monotonic()
+    with pytest.warns(UserWarning, match="did not answer within 1 s; training goes on without it"): history = Trainer(settings(mlflow=dict(tracking_uri=silent))).fit()
+    assert len(history.records) == 2 and time.monotonic() - began < 30
+
+
+def test_silent_server_stops(settings, silent, tmp_path):
+    "on_tracking_error: stop refuses to start, and leaves nothing that counts as a run"
+    with pytest.raises(ConfigError, match="did not answer within 1 s"): Trainer(settings(mlflow=dict(tracking_uri=silent), on_tracking_error="stop")).fit()
+    assert used(tmp_path / "run") is None
+    assert len(Trainer(settings()).fit().records) == 2
+
+
+def test_server_that_falls(settings, tmp_path, monkeypatch):
+    "In the middle of a run: saved and ended, with the reason"
+    class Falls:
+        def log(self, record): raise OSError("connection reset")
+        def close(self): pass
+    monkeypatch.setattr("mistral_nb.train.loop.MLFlow", lambda *args: Falls())
+    def slow(self, record, log=metrics.Service.log): log(self, record); time.sleep(0.2)
+    monkeypatch.setattr(metrics.Service, "log", slow)
+    run = Trainer(settings(mlflow=dict(tracking_uri="http://host"), on_tracking_error="stop"), max_steps=8)
+    with pytest.raises(KeyboardInterrupt, match="connection reset"): run.fit()

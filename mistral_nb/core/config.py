@@ -6,9 +6,9 @@
 __all__ = ['CHOICES', 'ALIASES', 'MOST', 'LARGEST_BATCH', 'RENAMED', 'LIGHTEST', 'POSITIVE', 'LORA_CHOICES', 'LONG_ROWS',
            'OTHER_FILES', 'ConfigError', 'InstructArgs', 'DataArgs', 'LoraArgs', 'OptimArgs', 'WandbArgs', 'MLFlowArgs',
            'TrainArgs', 'hint_for', 'check_sizes', 'shown', 'build', 'SourcePath', 'parse_sources', 'expand_path',
-           'check', 'check_lora', 'check_paths', 'check_overlap', 'not_lines', 'is_data_file', 'jsonl_files',
-           'read_yaml', 'parse_yaml', 'load_args', 'to_dict', 'flat', 'parse_command', 'changes', 'show_args',
-           'save_args']
+           'check', 'check_uri', 'check_lora', 'check_paths', 'check_overlap', 'not_lines', 'is_data_file',
+           'jsonl_files', 'read_yaml', 'parse_yaml', 'load_args', 'to_dict', 'flat', 'parse_command', 'changes',
+           'show_args', 'save_args']
 
 # %% ../../nbs/core/01_config.ipynb #imports
 import argparse
@@ -131,6 +131,7 @@ class TrainArgs:
     device: str = "auto"  # auto, cpu, cuda
     placement: str = "auto"  # of the model on several devices; replicate: on each, hybrid: its rows divided among those of a node, shard: among all; auto: the first of these that fits
     skip_not_finite: int = 0  # steps that may be left out because their loss is not finite, before one stops the run
+    on_tracking_error: str = "warn"  # MLflow or W&B that fails or does not answer; warn: go on without it, stop: save and end
     timeout_minutes: float = 30.0  # a step that takes longer ends the run with the traceback of the rank that hangs
     tensorboard: bool = False  # also write TensorBoard events
     resume: bool = False  # go on from the newest checkpoint in run_dir
@@ -142,7 +143,7 @@ class TrainArgs:
 # %% ../../nbs/core/01_config.ipynb #hints
 CHOICES = dict(
     packing=("best_fit", "mistral"), loss_average=("tokens", "microbatches"), dtype=("auto", "bfloat16", "float16", "float32"),
-    quantize=("none", "nf4", "int8", "fp8"), placement=("auto", "replicate", "shard", "hybrid"),
+    quantize=("none", "nf4", "int8", "fp8"), placement=("auto", "replicate", "shard", "hybrid"), on_tracking_error=("warn", "stop"),
 )  # noqa: E501
 ALIASES = {
     "quantize": {"4": "nf4", "4bit": "nf4", "int4": "nf4", "fp4": "nf4", "qlora": "nf4", "true": "nf4", "8": "int8", "8bit": "int8", "float8": "fp8",
@@ -330,8 +331,7 @@ def check(args: TrainArgs) -> TrainArgs:
     for name in ("eval_freq", "ckpt_freq", "seed", "skip_not_finite"):
         if getattr(args, name) < 0: raise ConfigError(name, f"{getattr(args, name)} is negative")
     if args.seed >= 2**32: raise ConfigError("seed", f"{args.seed} is too large", "at most 4294967295")
-    if "@" in (args.mlflow.tracking_uri or "").partition("://")[2].partition("/")[0]:
-        raise ConfigError("mlflow.tracking_uri", "holds a password or user", "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment")
+    check_uri(args.mlflow.tracking_uri or "")
     if args.lora.enable and args.lora.rank < 1: raise ConfigError("lora.rank", f"{args.lora.rank} is not positive")
     check_lora(args)
     if args.checkpoint not in (True, False, "auto") and not (isinstance(args.checkpoint, int) and args.checkpoint > 0): raise ConfigError("checkpoint", f"{args.checkpoint!r} is no choice", "true, false, auto or a number of layers")
@@ -355,6 +355,17 @@ def check(args: TrainArgs) -> TrainArgs:
     twice = [str(s.path) for s in train if sum(s.path == o.path for o in train) > 1]
     if twice: raise ConfigError("data", f"{twice[0]} stands in data and in instruct_data", "it can be one of them")
     return args
+
+# %% ../../nbs/core/01_config.ipynb #uri
+_SECRET = re.compile(r"(?:^|[&;?])[^=&;]*(?:token|key|secret|passw|credential|auth|sig)[^=&;]*=[^&;]", re.I)
+
+
+def check_uri(uri: str) -> None:
+    "`ConfigError` for an address that holds a user, a password or a token."
+    place, _, query = uri.partition("://")[2].partition("?")
+    way_out = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment"
+    if "@" in place.partition("/")[0]: raise ConfigError("mlflow.tracking_uri", "holds a password or user", way_out)
+    if _SECRET.search(query.replace("#", "&")): raise ConfigError("mlflow.tracking_uri", "holds a password or token", way_out)
 
 # %% ../../nbs/core/01_config.ipynb #check-lora
 def check_lora(args: TrainArgs) -> None:
