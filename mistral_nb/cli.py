@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from .core.config import parse_command
+from .core.html import prepare_terminal
+from .core.html import safe_text
 
 # %% ../nbs/90_cli.ipynb #demo
 def cmd_demo(args: argparse.Namespace) -> int:
@@ -92,7 +94,7 @@ def cmd_generate(args: argparse.Namespace) -> int:
     prompts = args.prompt or [line for line in sys.stdin.read().split("\n") if line.strip()]
     if not prompts: raise ValueError("no prompt: give one as an argument, or one a line on standard input")
     if args.compare: print(chat.compare(prompts))
-    else: print("\n".join(chat.answers(prompts)))
+    else: print(safe_text("\n".join(chat.answers(prompts))))
     return 0
 
 
@@ -105,7 +107,7 @@ def cmd_chat(args: argparse.Namespace) -> int:
         except EOFError: text = ""
         if not text: return 0
         base = text.startswith("/base ")
-        for piece in chat.stream(text.removeprefix("/base "), tuned=not base): print(piece, end="", flush=True)
+        for piece in chat.stream(text.removeprefix("/base "), tuned=not base): print(safe_text(piece), end="", flush=True)
         print(flush=True)
 
 
@@ -119,7 +121,7 @@ def cmd_show(args: argparse.Namespace) -> int:
         if not args.line <= n < args.line + args.count: continue
         where, found = Where(args.file, n), found + 1
         view = show(encode(parse_line(line, args.kind, where, tokenizer.version), tokenizer, where), tokenizer, limit=args.limit)
-        print(f"{args.file}, line {n}\n{as_text(view, args.color or sys.stdout.isatty())}\n")
+        print(f"{safe_text(args.file)}, line {n}\n{as_text(view, args.color or sys.stdout.isatty())}\n")
     if not found: raise ValueError(f"{args.file} has no line {args.line}")
     return 0
 
@@ -150,8 +152,8 @@ def cmd_convert(args: argparse.Namespace) -> int:
     done = convert(args.source, args.format, args.to, args.seed, args.overwrite, version)
     refused = write_refused(done, args.to)
     print(done)
-    print(f"wrote {done.path}" if done.path else f"no row could be converted: {args.to} is not written")
-    if refused: print(f"the refused rows, each with its reason: {refused}")
+    print(safe_text(f"wrote {done.path}" if done.path else f"no row could be converted: {args.to} is not written"))
+    if refused: print(safe_text(f"the refused rows, each with its reason: {refused}"))
     return 0 if done.kept else 1
 
 
@@ -233,11 +235,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     "The program `mistral-nb`; returns the exit code."
+    prepare_terminal()
     args = parse_command(parser(), argv)
     try: return args.run(args)
     except KeyboardInterrupt as stop:
-        print(str(stop) or "interrupted", file=sys.stderr)
+        print(safe_text(stop) or "interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError) as error:  # every error of the package that a user can mend is a ValueError
-        print(f"error: {error}", file=sys.stderr)
+        print(safe_text(f"error: {error}"), file=sys.stderr)
         return 1

@@ -446,6 +446,7 @@ def jsonl_files(path: Path) -> list[Path]:
 # %% ../../nbs/core/01_config.ipynb #load
 def read_yaml(path: str | Path) -> dict:
     "The mapping in a YAML file; `ConfigError` with file, line and column if it cannot be read."
+    if Path(path).exists() and not Path(path).is_file(): raise ConfigError(str(path), "is no file that can be read as settings")
     try: text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as e: raise ConfigError(str(path), f"cannot be read: {e.strerror}") from None
     except UnicodeDecodeError: raise ConfigError(str(path), "is not UTF-8") from None

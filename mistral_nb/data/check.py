@@ -40,6 +40,7 @@ from ..core.config import not_lines
 from ..core.html import Picture
 from ..core.html import Table
 from ..core.html import one_line
+from ..core.html import safe_text
 from ..core.html import short_path
 from .batches import Source
 from .batches import Tokenized
@@ -156,7 +157,8 @@ class Finding:
     @property
     def level(self) -> str: return "error" if self.code in ERRORS else "warning"
 
-    def __str__(self) -> str: return f"{self.file}:{self.line}: {self.code}: {self.field + ': ' if self.field else ''}{self.problem}"
+    def __str__(self) -> str:
+        return safe_text(f"{self.file}:{self.line}: {self.code}: {self.field + ': ' if self.field else ''}{self.problem}")
 
 # %% ../../nbs/data/32_check.ipynb #lint-text
 Lint = tuple[str, str, str]  # code, field, problem
@@ -503,7 +505,7 @@ def check_file(file: Path, source: Source, tokenizer: Tokenizer, chunk: bool, he
     parts: dict[str, list] = {k: [np.zeros((0, 32) if k == "signature" else 0, t)] for k, t in dict(state=np.uint8, hash=np.uint64, signature=np.uint32).items()}
 
     def batches() -> Iterator[Any]:
-        with tqdm(total=None, unit=" rows", desc=f"checking {file.name}", disable=not progress, delay=1) as bar:
+        with tqdm(total=None, unit=" rows", desc=f"checking {one_line(file.name, 40)}", disable=not progress, delay=1) as bar:
             for found in ordered(work, chunks(file), workers or (cores() if file.stat().st_size > 4 << 20 else 1)):
                 for k in parts: parts[k].append(found[k])
                 for f in found["findings"]: out.add(f)

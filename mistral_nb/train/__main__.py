@@ -17,6 +17,8 @@ from ..core.config import parse_command
 from ..data.cache import DataError
 from ..data.schema import SampleError
 from ..data.tokens import TokenizerError
+from ..core.html import prepare_terminal
+from ..core.html import safe_text
 from ..model.args import ModelError
 from . import dist
 from .checkpoint import CheckpointError
@@ -55,7 +57,7 @@ def run(config: str, overrides: list[str]) -> int:
     except Exception as error:  # the process group is left as it is: to leave it in order, the others would have to take part
         if not dist.lost(error): dist.tell_torchrun(error)
         if dist.lost(error): print(f"{dist.called()}stops, since another rank is gone", file=sys.stderr, flush=True)
-        elif isinstance(error, SPOKEN): print(f"{dist.called()}error: {error}", file=sys.stderr, flush=True)
+        elif isinstance(error, SPOKEN): print(f"{dist.called()}{safe_text(f'error: {error}')}", file=sys.stderr, flush=True)
         else: raise
         return 1
     dist.end()
@@ -64,6 +66,7 @@ def run(config: str, overrides: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     "The command line."
+    prepare_terminal()
     parser = argparse.ArgumentParser(prog="python -m mistral_nb.train", description="Fine-tune as a YAML file says.")
     parser.add_argument("config", help="a YAML file, as for mistral-finetune")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top, for example optim.lr=1e-4 resume=true")
