@@ -16,7 +16,8 @@ from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
 
-from .files import NESTED, READABLE, ReadRow, files_in, loose, read_file, rows_of
+from .files import NESTED, READABLE, ReadRow
+from .files import files_in, loose, read_file, rows_of, twice_notes
 from .schema import SampleError, Where
 
 # %% ../../nbs/data/12_rows.ipynb #clean
@@ -24,11 +25,11 @@ def plain(value: Any) -> Any:
     "`value` with nothing in it but dicts, lists, texts, numbers and None."
     if value is None or isinstance(value, (str, bool, int)): return value
     if type(value).__name__ == "NAType": return None  # pandas.NA
-    if isinstance(value, float): return None if math.isnan(value) else value
+    if isinstance(value, float): return value if math.isfinite(value) else None
     if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, np.generic) or isinstance(value, np.ndarray) and not value.ndim: return plain(value.item())
     if isinstance(value, (list, tuple, set, np.ndarray)): return [plain(v) for v in value]
-    if isinstance(value, bytes): return f"<{len(value)} bytes>"
+    if isinstance(value, bytes): return value.decode("utf-8")  # `UnicodeDecodeError` for a picture, say
     if hasattr(value, "isoformat"): return None if value != value else value.isoformat()  # NaT is not equal to itself
     return str(value)
 
@@ -45,13 +46,13 @@ def is_too_deep(value: Any, most: int = DEEPEST) -> bool:
     return True
 
 
-def open_cells(row: dict) -> dict:
+def open_cells(row: dict, twice: list[str] | None = None) -> dict:
     "A row in which columns of conversations and tools that hold text, as in csv files, hold what it says."
-    return {k: _said(v) if k in NESTED and isinstance(v, str) else v for k, v in row.items()}
+    return {k: _said(v, twice) if k in NESTED and isinstance(v, str) else v for k, v in row.items()}
 
 
-def _said(text: str) -> Any:
-    try: return loose(text) if text.lstrip()[:1] in ("[", "{") else text
+def _said(text: str, twice: list[str] | None) -> Any:
+    try: return loose(text, twice) if text.lstrip()[:1] in ("[", "{") else text
     except ValueError: return text
 
 # %% ../../nbs/data/12_rows.ipynb #read
@@ -68,9 +69,20 @@ def read_rows(source: Any) -> Rows:
     "`(place, row)` of a file, a folder of files, a DataFrame, an Arrow table or any iterable of rows."
     notes: Counter = Counter()
     if isinstance(source, (str, Path)): found = _rows_of_path(Path(source), notes)
-    elif isinstance(source, dict): raise TypeError("one dict is one row: give a list of them")
-    else: found = ((Where("rows", n), row) for n, item in enumerate(_items(source), 1) for row in rows_of(item))
+    elif isinstance(source, dict): raise TypeError(_one_dict(source))
+    else: found = ((Where("rows", n), row) for n, item in enumerate(_items(source), 1) for row in _rows_of_item(item))
     return Rows(((where, _cleaned(where, row)) for where, row in found), notes)
+
+
+def _one_dict(source: dict) -> str:
+    "What to do with a dict where rows are asked for"
+    parts = [k for k, v in source.items() if not isinstance(v, str | int | float | list | dict | None)]
+    if parts: return f"these are several sets of rows: give one of them, such as source[{parts[0]!r}]"
+    return "one dict is one row: give a list of them"
+
+
+def _rows_of_item(item: Any) -> list:
+    return [item] if isinstance(item, list) and is_too_deep(item) else rows_of(item)
 
 
 def _rows_of_path(path: Path, notes: Counter) -> Iterator[tuple[Where, Any]]:
@@ -84,16 +96,18 @@ def _items(source: Any) -> Iterable:
     "The rows of a DataFrame, an Arrow table or another iterable, each as Python's own values"
     columns = [str(c) for c in getattr(source, "column_names", getattr(source, "columns", []))]
     if twice := [c for c, n in Counter(columns).items() if n > 1]: raise ValueError(f"two columns are named {twice[0]!r}: rename one of them")
-    if hasattr(source, "iterrows"): return source.to_dict("records")
+    if hasattr(source, "iterrows"): return (source.reset_index() if any(source.index.names) else source).to_dict("records")
     if hasattr(source, "to_batches"): return (row for batch in source.to_batches() for row in batch.to_pylist())
     return source
 
 
 def _cleaned(where: Where, row: Any) -> Any:
+    if isinstance(row, dict | list) and is_too_deep(row): return SampleError(where, f"it is nested more than {DEEPEST} deep", "", "json")
     if not isinstance(row, dict): return row
-    if is_too_deep(row): return SampleError(where, f"it is nested more than {DEEPEST} deep", "", "json")
-    found = ReadRow(open_cells(plain(row)))
-    found.notes = getattr(row, "notes", ())
+    twice: list[str] = []
+    try: found = ReadRow(open_cells(plain(row), twice))
+    except UnicodeDecodeError: return SampleError(where, "a value is bytes that are no UTF-8 text", "leave the column out, or decode it", "encoding")
+    found.notes = (*getattr(row, "notes", ()), *twice_notes(twice))
     return found
 
 # %% ../../nbs/data/12_rows.ipynb #nulls
