@@ -165,8 +165,9 @@ def from_hf(config: dict, name: str = "config.json") -> ModelArgs:
     if "dim" in config and "hidden_size" not in config:
         raise ModelError(f"{name} holds the keys of Mistral's own file: rename it to params.json")
     kind = config.get("model_type")
-    keys.refuse_families(config, name, keys=kind in tuple(HF_DEFAULTS))
-    if kind not in tuple(HF_DEFAULTS):
+    ours = kind in tuple(HF_DEFAULTS)
+    keys.refuse_families(config, name, keys=ours or keys.is_of_family(kind))
+    if not ours:
         raise ModelError(f"{name} has model_type {keys.shown(kind)}: use a mistral or mixtral model")
     default = HF_DEFAULTS[kind]
     packed = config.get("quantization_config")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEYS', 'BY_NAME', 'MOE_KEYS', 'HF_NAMES', 'KINDS', 'LAYERED', 'FAMILIES', 'BLOCKS', 'HARMLESS_PARAMS', 'HARMLESS_HF',
            'FIXED', 'ModelError', 'Key', 'shown', 'checked', 'check_object', 'read_values', 'kind_of_file', 'Family',
-           'is_unset', 'set_keys', 'refuse_families', 'is_same', 'refuse_unknown', 'refuse_packed']
+           'is_unset', 'set_keys', 'is_of_family', 'refuse_families', 'is_same', 'refuse_unknown', 'refuse_packed']
 
 # %% ../../nbs/model/33_keys.ipynb #imports
 import json
@@ -151,6 +151,11 @@ def set_keys(values: dict) -> dict[str, str]:
     for at, block in [("", values), *((f"{b}.", values.get(b)) for b in BLOCKS)]:
         if isinstance(block, dict): out |= {k: at + k for k, v in block.items() if not is_unset(v) and v != 0}
     return out
+
+
+def is_of_family(kind: Any) -> bool:
+    "Whether a `model_type` is of one of the families."
+    return any(kind in f.types.split() for f in FAMILIES)
 
 
 def refuse_families(values: dict, file: str, keys: bool = True) -> None:

@@ -291,8 +291,7 @@ def load_model(
     if place:
         packed = matrices if quantize != "none" else matrices & packed_names(files)
         share_out(model, place, dict.fromkeys(packed, kind), dtype or file_dtype(folder), device)
-    ahead = (device.type != "cpu" or kind != "none") and not place
-    with read_ahead(files) if ahead else nullcontext():
+    with nullcontext() if place else read_ahead(files):
         for name, tensor in fitting(read_model(files, args), wanted, args, folder):
             at, early = f"{folder}: {name}", device.type == "cpu"
             if place: tensor = some_rows(tensor, rows_for(model, name))
