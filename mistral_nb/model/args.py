@@ -141,8 +141,8 @@ def check_layers(kinds: Any, window: int | None, file: str) -> None:
     if keys.is_unset(kinds) or isinstance(kinds, list) and all(k == same for k in kinds): return
     raise ModelError(
         f"{file}: layer_types is {keys.shown(kinds)}, "
-        f"and with sliding_window {keys.shown(window)} all must be {same}: "
-        f"others, as in {keys.LAYERED.name}, cannot be trained yet"
+        f"and with sliding_window {keys.shown(window)} all must be {same}; "
+        f"as in {keys.LAYERED.name}, {keys.LAYERED.why}"
     )
 
 
