@@ -27,7 +27,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 OWN = dict(dim=64, n_layers=2, head_dim=16, hidden_dim=96, n_heads=4, n_kv_heads=2, norm_eps=1e-5,
            vocab_size=120)
 HF = dict(hidden_size=64, num_hidden_layers=2, intermediate_size=96, num_attention_heads=4,
-          num_key_value_heads=2, rms_norm_eps=1e-5, vocab_size=120, hidden_act="silu", tie_word_embeddings=False)
+          num_key_value_heads=2, rms_norm_eps=1e-5, vocab_size=120, hidden_act="silu",
+          tie_word_embeddings=False)
 MOE = dict(num_experts=4, num_experts_per_tok=2)
 HF_MOE = dict(num_local_experts=4, num_experts_per_tok=2)
 SAVED = dict(  # what folders of Mistral's models and their derivatives hold besides
@@ -42,8 +43,8 @@ SAVED = dict(  # what folders of Mistral's models and their derivatives hold bes
 BIG = dict(rope_theta=1e6)
 NOTHING = dict(  # what newer models list, where they have none of it
     model_type="transformer", yarn=None, llama_4_scaling=None, vision_encoder=None, quantization=None,
-    multimodal={}, q_lora_rank=None, kv_lora_rank=None, tied_embeddings=False, causal=True, dtype="bfloat16", lora=None,
-    max_position_embeddings=4096,
+    multimodal={}, q_lora_rank=None, kv_lora_rank=None, tied_embeddings=False, causal=True, lora=None,
+    dtype="bfloat16", max_position_embeddings=4096,
 )
 LOADS = {  # keys of params.json on top of OWN, and what a config of transformers says of the same
     "7B v0.1": (dict(sliding_window=8), dict(rope_theta=1e4, sliding_window=8)),
@@ -318,8 +319,8 @@ def test_wrong_values(file, tmp_path):
 
 
 BLOCKS = {
-    "params.json": "moe sliding_window _sliding_window rope_scaling quantization model_type vision_encoder causal",
-    "config.json": "rope_parameters rope_scaling quantization_config layer_types model_type text_config hidden_act",
+    "params.json": "moe sliding_window _sliding_window rope_scaling quantization model_type yarn causal",
+    "config.json": "rope_parameters rope_scaling quantization_config layer_types model_type text_config",
 }
 
 

@@ -176,7 +176,7 @@ HARMLESS_HF = frozenset("""
     architectures model_type _name_or_path name_or_path transformers_version transformers.js_config
     torch_dtype dtype unsloth_version unsloth_fixed _commit_hash
     bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id
-    decoder_start_token_id tokenizer_class prefix is_decoder
+    decoder_start_token_id tokenizer_class tokenizer_model_max_length tokenizer_padding_side prefix is_decoder
     initializer_range attention_dropout hidden_dropout resid_dropout embd_dropout classifier_dropout
     neftune_noise_alpha gradient_checkpointing pretraining_tp chunk_size_feed_forward
     max_position_embeddings original_max_position_embeddings max_sequence_length model_max_length
@@ -186,9 +186,9 @@ HARMLESS_HF = frozenset("""
     _flash_attn_2_enabled use_flash_attention_2 use_flash_attn
     output_router_logits router_aux_loss_coef router_jitter_noise
     id2label label2id num_labels problem_type finetuning_task task_specific_params
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
-    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
+    max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams num_beam_groups
+    diversity_penalty renormalize_logits temperature top_k top_p typical_p repetition_penalty length_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
     return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
 """.split())
