@@ -66,6 +66,7 @@ from .checkpoint import checkpoint_dir
 from .checkpoint import checkpoints
 from .checkpoint import load_checkpoint
 from .checkpoint import newest_good
+from .checkpoint import only_here
 from .checkpoint import read_facts
 from .checkpoint import rng_state
 from .checkpoint import same_rows
@@ -201,6 +202,7 @@ class Trainer:
         **values: Any,  # settings by name
     ):
         self.args = args = check_paths(load_args(source, *overrides, **values))
+        self.model_args = load_model_args(args.model_id_or_path)  # says first if this model cannot be trained
         self.device = choose_device(args.device)
         self.ranks = dist.start(self.device, args.timeout_minutes)
         if args.world_size not in (None, self.ranks.world_size): raise ConfigError("world_size", f"{args.world_size} is set and {self.ranks.world_size} processes run", "leave it out, or start torchrun with as many")
@@ -208,9 +210,11 @@ class Trainer:
         begin = self._newest() if self.begun else None
         args = self.args
         used(args.run_dir)  # says early if it is a file
+        saves = self.ranks.main and args.lora.enable and args.save_adapters and not args.no_ckpt
+        if saves and (why := only_here(args.lora.dora, args.lora.also_train)): warnings.warn(why, stacklevel=2)
         if args.wandb.project: check_wandb(args.wandb.offline)
         stored_kind(args.model_id_or_path, args.quantize)  # says early if the folder is packed otherwise
-        self.model_args, self.file_dtype, self.base = load_model_args(args.model_id_or_path), file_dtype(args.model_id_or_path), fingerprint(args.model_id_or_path)
+        self.file_dtype, self.base = file_dtype(args.model_id_or_path), fingerprint(args.model_id_or_path)
         self.tokenizer = load_tokenizer(args.model_id_or_path)
         check_vocab(self.tokenizer, self.model_args.vocab_size)
         self.data, self.eval_data = read_data(args, self.tokenizer, self.ranks.world_size, self.ranks.main)

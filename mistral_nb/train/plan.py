@@ -337,16 +337,19 @@ def plan(source=None, *overrides: str, **values) -> Plan:
     "What the run of these settings (as for `load_args`) needs, against the device that it would run on."
     args = check_paths(load_args(source, *overrides, **values))
     model = Path(args.model_id_or_path)
+    shape = load_model_args(model)  # says first if this model cannot be trained
     weights = any(model.glob("*.safetensors")) or any(model.glob("*.pth"))  # params.json alone will do
     storage = stored_kind(model, args.quantize) if weights else args.quantize
     elsewhere = args.memory_gib is not None and args.device != "cpu" and not torch.cuda.is_available()
     world = args.world_size or 1
-    if elsewhere: return make_plan(args, load_model_args(model), elsewhere_dtype(args), int(args.memory_gib * 2**30), "a GPU of this size", None, storage, world_size=world)
+    if elsewhere:
+        budget, dtype = int(args.memory_gib * 2**30), elsewhere_dtype(args)
+        return make_plan(args, shape, dtype, budget, "a GPU of this size", None, storage, world_size=world)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device, args.lora.enable, file_dtype(model) if weights else torch.bfloat16)
     free, name = free_memory(device)
     budget = int(args.memory_gib * 2**30) if args.memory_gib else free
-    return make_plan(args, load_model_args(model), dtype, budget, name, None, storage, has_expanded_heads(device, dtype), world)
+    return make_plan(args, shape, dtype, budget, name, None, storage, has_expanded_heads(device, dtype), world)
 
 
 def elsewhere_dtype(args: TrainArgs) -> torch.dtype:
