@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mistral_nb import cli
-from mistral_nb.core.config import jsonl_files, not_lines
+from mistral_nb.core.config import folder_notes, jsonl_files, not_lines
 from mistral_nb.data.check import check
 from mistral_nb.data.convert import convert
 from mistral_nb.data.formats import UnknownFormat, guess_format
@@ -40,7 +40,7 @@ EXPECTED = {
     # the same rows by other ways
     "parquet_folder": (2, 0, ["null place of a call's arguments left out"]), "struct_args.parquet": (2, 0, ["nulls of a tool's schema"]),
     "struct_args_only.parquet": (2, 0, ["null place"]), "struct_args_only.jsonl": (2, 0, ["null place"]), "struct_args_to_json.jsonl": (2, 0, ["null place"]),
-    "two_docs.txt": (1, 0, ["one document"]), "jsonl_in.txt": (2, 0, ["JSON lines in a text file"]),
+    "two_docs.txt": (1, 0, ["one document"]), "jsonl_in.txt": (2, 0, ["JSON in a text file"]),
     # reading
     "array_one_line.jsonl": (2, 0, []), "bare_list.jsonl": (2, 0, []), "pretty.jsonl": (2, 0, []), "trailing_comma.jsonl": (2, 0, []),
     "cr_only.jsonl": (2, 0, []), "python_lines.jsonl": (1, 0, []), "two_on_a_line.jsonl": (2, 0, []), "utf16.jsonl": (2, 0, []), "bom_crlf.jsonl": (2, 0, []),
@@ -49,7 +49,7 @@ EXPECTED = {
     "stray_quote.csv": (1, 4, ["a quote opens in this row and is never closed", "line 3"]), "inches.csv": (2, 1, ["a quote stands inside the cell"]),
     "backslash.csv": (1, 1, ["a quote stands inside the cell"]), "crlf_cell.csv": (1, 0, []), "index.csv": (1, 0, ["column without a name"]),
     "empty_answer.csv": (1, 1, ["the answer is empty"]), "nul.csv": (1, 0, ["characters that nobody sees"]), "history.csv": (1, 0, []),
-    "dup_keys.jsonl": (1, 0, ["content stands twice"]), "comments.jsonl": (1, 1, ["not JSON at character 1"]), "escaped_nl.jsonl": (1, 1, ["Invalid control character"]),
+    "dup_keys.jsonl": (1, 0, ["content stands twice"]), "comments.jsonl": (1, 1, ["not JSON at character 1"]), "escaped_nl.jsonl": (1, 2, ["Invalid control character"]),
     "nan.jsonl": (1, 1, ["score", "no answer to train on"]), "columns.json": (2, 0, ["by columns"]), "lists.json": (2, 0, ["by columns"]),
     "server_rows.json": (1, 0, ["row_idx", "truncated_cells", "features"]), "dataset_key.json": (2, 0, []),
     # known elsewhere
@@ -255,6 +255,8 @@ def test_folder(tmp_path):
     assert all(name in said for name in ("train-checkpoint.jsonl", "README.md", "test.jsonl", "a.png")), said
     assert {Path(r["file"]).name for r in done.refused} == {"bad.jsonl.gz", "bad.parquet"} and done.kept >= 2
     assert [p.name for p in jsonl_files(tmp_path)] == ["more.jsonl", "test.jsonl", "train.jsonl"]  # of a training: all of that name
+    assert any("bad.parquet" in n and "test.jsonl" in n for n in [" ".join(folder_notes(tmp_path))])
+    assert "bad.parquet" in str(check(tmp_path))
 
 
 def test_deep_rows(tmp_path):

@@ -7,8 +7,8 @@ __all__ = ['LONGEST', 'CHOICES', 'ALIASES', 'MOST', 'LARGEST_BATCH', 'RENAMED', 
            'LONG_ROWS', 'OTHER_FILES', 'ConfigError', 'InstructArgs', 'DataArgs', 'LoraArgs', 'OptimArgs', 'WandbArgs',
            'MLFlowArgs', 'TrainArgs', 'hint_for', 'check_sizes', 'shown', 'build', 'SourcePath', 'parse_sources',
            'expand_path', 'check', 'check_uri', 'check_lora', 'check_paths', 'check_overlap', 'not_lines',
-           'is_data_file', 'jsonl_files', 'read_yaml', 'parse_yaml', 'load_args', 'to_dict', 'flat', 'parse_command',
-           'changes', 'show_args', 'save_args']
+           'is_data_file', 'jsonl_files', 'folder_notes', 'read_yaml', 'parse_yaml', 'load_args', 'to_dict', 'flat',
+           'parse_command', 'changes', 'show_args', 'save_args']
 
 # %% ../../nbs/core/01_config.ipynb #imports
 import argparse
@@ -397,6 +397,7 @@ def check_paths(args: TrainArgs) -> TrainArgs:
         for source in parse_sources(getattr(args.data, name), f"data.{name}"):
             if not source.path.exists(): raise ConfigError(f"data.{name}", f"{source.path} does not exist", _why_missing(getattr(args.data, name)))
             if problem := not_lines(source.path): raise ConfigError(f"data.{name}", problem)
+            for note in folder_notes(source.path) if name != "eval_instruct_data" else []: warnings.warn(f"data.{name}: {note}", stacklevel=3)
     check_overlap(args)
     return args
 
@@ -445,7 +446,18 @@ def is_data_file(path: Path, folder: Path) -> bool:
 def jsonl_files(path: Path) -> list[Path]:
     "The `.jsonl` files of a source, sorted by path: the file itself, or all data files of that name below a folder."
     if not path.is_dir(): return [path]
-    return sorted(p for p in path.rglob("*.jsonl") if p.is_file() and is_data_file(p, path))
+    return sorted(p for p in path.rglob("*") if p.suffix.lower() == ".jsonl" and p.is_file() and is_data_file(p, path))
+
+
+def folder_notes(path: Path) -> list[str]:
+    "What a training does with the files of a folder that nobody might expect: what it does not read, and what it reads as training data."
+    if not path.is_dir(): return []
+    read = jsonl_files(path)
+    others = [p.name for p in sorted(path.rglob("*")) if p.is_file() and p not in read and is_data_file(p, path)]
+    held = [p.name for p in read if re.search(r"(?:^|[^a-z])(?:test|val|valid|validation|dev|eval|holdout)(?:[^a-z]|$)", p.stem.lower())]
+    notes = [f"{path}: files that training does not read: {', '.join(others[:5])}{', …' * (len(others) > 5)}"] if others else []
+    if held and len(held) < len(read): notes.append(f"{path}: {', '.join(held[:5])} are read for training, as every .jsonl of a folder is")
+    return notes
 
 # %% ../../nbs/core/01_config.ipynb #load
 def read_yaml(path: str | Path) -> dict:

@@ -34,6 +34,7 @@ from mistral_common.protocol.instruct.messages import ToolMessage
 from tqdm.auto import tqdm
 
 from ..core.config import TrainArgs
+from ..core.config import folder_notes
 from ..core.config import jsonl_files
 from ..core.config import load_args
 from ..core.config import not_lines
@@ -268,7 +269,10 @@ ROLE_KEYS = dict(
     assistant={"role", "is_user", "content", "text", "weight", "tool_calls"},
     tool={"role", "content", "text", "tool_call_id", "name"},
 )
-PART_KEYS = dict(call={"id", "type", "function", "index"}, tool={"type", "function"}, function={"name", "description", "parameters", "arguments", "strict"})
+PART_KEYS = dict(
+    call={"id", "type", "function", "index"}, tool={"type", "function"},
+    call_function={"name", "arguments"}, tool_function={"name", "description", "parameters", "strict"},
+)
 
 
 def unused(thing: Any, known: set[str]) -> str:
@@ -302,7 +306,7 @@ def _lint_part(thing: Any, kind: str, where: str) -> Iterator[Lint]:
     if not isinstance(thing, dict): return
     func = thing.get("function")
     if extra := unused(thing, PART_KEYS[kind]): yield "ignored", where, f"{extra} is not used"
-    if extra := unused(func, PART_KEYS["function"]): yield "ignored", where, f"{extra} is not used"
+    if extra := unused(func, PART_KEYS[f"{kind}_function"]): yield "ignored", where, f"{extra} is not used"
     if thing.get("type", "function") != "function": yield "ignored", where, f"the type {one_line(repr(thing['type']), 30)} is taken for a function"
     strict = func.get("strict", False) if isinstance(func, dict) and kind == "tool" else False
     if not isinstance(strict, bool): yield "ignored", where, "strict is not true or false"
@@ -561,6 +565,7 @@ class Report:
     version: str
     problems: list[str]  # why a training would refuse as a whole
     scratch: Any = field(default=None, repr=False)  # keeps its folder alive
+    notes: list[str] = field(default_factory=list)  # about folders: what is not read, or read for training
 
     @property
     def ok(self) -> bool: return not self.problems and not any((f.state != KEPT).any() for f in self.files)
@@ -612,6 +617,10 @@ class Report:
 
     def verdict(self) -> str:
         "One sentence"
+        return "\n".join([self.decision(), *self.notes])
+
+    def decision(self) -> str:
+        "Whether training can start, and else why not"
         if self.problems: return "Training would refuse: " + "; ".join(self.problems)
         wrong = sum(f.rows(REPAIRED) + f.rows(REJECTED) for f in self.files)
         return f"Training would refuse: {wrong:,} bad rows; write_corrected(), or --create-corrected, writes files without them" if not self.ok else "Training can start."
@@ -701,7 +710,7 @@ def check(
     if not isinstance(source, (str, Path)):
         (folder / "rows").mkdir()
         table = not isinstance(source, list | tuple)
-        write_rows((without_nulls(row) if table else row for _, row in read_rows(source)), folder / "rows" / "rows.jsonl")
+        write_rows(_rows_to_check(source, table), folder / "rows" / "rows.jsonl")
         source = folder / "rows" / "rows.jsonl"
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
     one = Source(Path(source), kind)
@@ -711,7 +720,14 @@ def check(
     files = [check_file(f, one, tokenizer, kind == "instruct", False, folder, None, workers, progress) for f in found]
     compare(files, seq_len)
     settings = dict(seq_len=seq_len, batch_size=1, num_microbatches=1, max_steps=100, long_rows="split", packing="best_fit", world_size=1)
-    return with_source_problems(Report(files, settings, tokenizer.version, [], scratch))
+    return with_source_problems(Report(files, settings, tokenizer.version, [], scratch, folder_notes(one.path)))
+
+
+def _rows_to_check(source: Any, table: bool) -> Iterator[Any]:
+    "Rows of an object; the first that is none raises"
+    for _, row in read_rows(source):
+        if isinstance(row, SampleError): raise row
+        yield without_nulls(row) if table else row
 
 
 def with_source_problems(report: Report) -> Report:
@@ -737,7 +753,8 @@ def check_run(args: TrainArgs, scratch: Any, workers: int | None, progress: bool
         files += [check_file(f, s, tokenizer, chunk and not held_out, held_out, Path(scratch.name), cache, workers, progress) for f in found]
     compare(files, args.seq_len) if files else None
     settings = {k: getattr(args, k) for k in ("seq_len", "batch_size", "num_microbatches", "max_steps", "packing")} | {"long_rows": args.data.long_rows, "world_size": args.world_size or 1}
-    report = Report(files, settings, tokenizer.version, problems, scratch)
+    every = sources(args.data.data, args.data.instruct_data)
+    report = Report(files, settings, tokenizer.version, problems, scratch, [n for s in every for n in folder_notes(s.path)])
     with_source_problems(report)
     if args.data.long_rows == "error" and (n := report.counts["too-long"]): problems.append(f"{n:,} rows are longer than seq_len {args.seq_len:,}, and long_rows is error")
     return report

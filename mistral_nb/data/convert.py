@@ -23,7 +23,7 @@ from .markup import CONTROL, find_marks
 from .messages import ROLE, CallIds, Draft, Fields, Reading, Unreadable
 from .messages import as_flag, finish, weight_of
 from .rows import Refused, Rows, read_rows, write_rows
-from .schema import SampleError, parse_row
+from .schema import SETTINGS, SampleError, parse_row
 
 # %% ../../nbs/data/16_convert.ipynb #wanted
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
@@ -101,6 +101,7 @@ def _converted(row: Fields, form: Any, how: Reading) -> tuple[dict, list[str]]:
         if m["role"] == "assistant" and weight is not None: m["weight"] = min(weight, m.get("weight", 1))
     if draft.tools: out["tools"] = draft.tools
     passed = PASSED if how.version is None or how.version >= 15 else PASSED[:1]
+    if not isinstance(row.thing.get("settings"), dict) or set(SETTINGS).isdisjoint(row.thing["settings"]): passed = passed[:2]  # somebody's notes
     out |= {k: row.get(k) for k in passed if row.thing.get(k) is not None}
     if row.thing.get("available_tools") == []: out.setdefault("only_last", True)
     _try(out)
@@ -186,6 +187,8 @@ def convert(
 ) -> Converted:
     "Every row converted, or refused with its reason; `UnknownFormat` if no row is of a known one."
     if hasattr(source, "__next__"): source = list(source)  # it is read twice
+    if to is not None and isinstance(source, str | Path) and Path(source).is_dir() and Path(source).resolve() in Path(to).resolve().parents:
+        raise ValueError(f"{to} stands in {source}, and would be read as data the next time: choose a place outside")
     if to is not None and Path(to).exists() and not overwrite: raise FileExistsError(f"{to} is there already: choose another name, or overwrite=True")
     if format is None: format = guess_format(source).name
     if format not in FORMATS: raise ValueError(f"there is no format {format!r}: one of {', '.join(READ)}")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHAT_KEYS', 'TOOL_KEYS', 'QUESTION_KEYS', 'ANSWER_KEYS', 'ALONE', 'ASKED', 'TEXT_KEYS', 'ID_KEYS', 'FORMATS', 'READ',
            'first_message', 'system_of', 'from_chat', 'from_glaive', 'is_sayable', 'has_pair', 'question_of',
-           'from_pairs', 'is_marked', 'from_markup', 'from_text', 'is_preference', 'is_one_message',
+           'options_of', 'from_pairs', 'is_marked', 'from_markup', 'from_text', 'is_preference', 'is_one_message',
            'refuse_preference', 'refuse_message', 'refuse_gap', 'Format', 'named_columns', 'Guess', 'UnknownFormat',
            'guess_format']
 
@@ -19,7 +19,7 @@ from typing import Any, Callable, Iterable
 
 from ..core.html import one_line
 from .files import loose
-from .markup import chat_markup, read_chat
+from .markup import chat_markup, read_chat, trimmed
 from .messages import ROLE, Draft, Fields, Reading, Unreadable
 from .messages import from_json, is_json, message_of, messages_in, text_of, tools_of
 from .rows import Refused, read_rows
@@ -55,13 +55,17 @@ def from_chat(row: Fields, how: Reading) -> Draft:
     tools = tools_of(row.first(*TOOL_KEYS), notes)
     for m in said:
         if isinstance(m, dict) and m.get("role") in ("system", "developer"): tools += tools_of(m.get("tools") or m.get("functions"), notes)
-    draft = Draft(system_of(row, notes), tools, notes)
+    draft, open_calls = Draft(system_of(row, notes), tools, notes), None
     for m in said:
         try: found = message_of(m, how, tools, notes)
         except Refused as e:
             if "call" in e.what and draft.messages: raise Unreadable(draft, e) from None
             raise
-        if found: draft.messages.append(found)
+        if found is None: continue
+        is_call = isinstance(m, dict) and any(isinstance(m.get(k), str) and ROLE.get(m[k].lower().replace("-", "_")) == "call" for k in ("role", "from"))
+        if is_call and open_calls: open_calls["tool_calls"] += found["tool_calls"]  # calls that were made at once, a message each
+        else: draft.messages.append(found)
+        open_calls = (open_calls or found) if is_call else None
     return draft
 
 # %% ../../nbs/data/15_formats.ipynb #glaive
@@ -93,7 +97,7 @@ def _is_other(m: Any) -> bool:
 QUESTION_KEYS = ("context", "passage", "instruction", "prompt", "question", "query", "problem", "user", "human", "input")
 ANSWER_KEYS = ("completion", "response", "answer", "output", "reply", "solution", "assistant")
 ALONE = ("context", "passage")  # no question by themselves
-ASKED = ("prompt", "question", "query", "problem", "user", "human")  # of two of these, one may hold the other
+ASKED = ("prompt", "question", "query", "problem", "user", "human")  # the question itself: one of these
 
 
 def is_sayable(value: Any) -> bool:
@@ -104,29 +108,31 @@ def is_sayable(value: Any) -> bool:
 def has_pair(row: dict) -> bool:
     "Whether a row has a question and an answer under names that are known."
     asked = [k for k in QUESTION_KEYS if k in row and k not in ALONE and is_sayable(row[k])]
-    return any(row[k] is not None for k in asked) and any(k in row and is_sayable(row[k]) for k in ANSWER_KEYS)
+    return bool(asked) and any(k in row and is_sayable(row[k]) for k in ANSWER_KEYS)
 
 
 def question_of(row: Fields, notes: list[str]) -> str:
     "All parts of a question, one below the other."
-    parts = {k: row.get(k) for k in QUESTION_KEYS if k in row.thing}
+    question = next((k for k in ASKED if row.thing.get(k) is not None and is_sayable(row.thing[k])), None)
+    parts = {k: row.get(k) for k in QUESTION_KEYS if k in row.thing and (k not in ASKED or k == question)}
     notes += [f"a number in {k} written as text" for k, v in parts.items() if isinstance(v, int | float)]
-    texts = {k: text_of(v, k) for k, v in parts.items() if text_of(v, k).strip()}
-    for key in [k for k in ASKED if k in texts]:
-        if any(texts[key] in other and k != key for k, other in texts.items() if k in ASKED):
-            notes.append(f"column {key} left out: it stands in the rest of the question")
-            del texts[key]
-    return "\n\n".join([*texts.values(), *_options(row, notes)])
+    texts = [text_of(v, k) for k, v in parts.items()]
+    return "\n\n".join([t for t in texts if t.strip()] + options_of(row, notes))
 
 
-def _options(row: Fields, notes: list[str]) -> list[str]:
-    "The options of a multiple choice, a line each"
+def options_of(row: Fields, notes: list[str]) -> list[str]:
+    "The options of a multiple choice, a line each; none if they are no texts."
     found = row.thing.get("options") or row.thing.get("choices")
-    if isinstance(found, list): found = dict(zip("ABCDEFGHIJ", found))
+    try: found = from_json(found, "the options") if isinstance(found, str) and found[:1] in "[{" else found
+    except Refused: return []
+    if isinstance(found, list): found = {_letter(i): v for i, v in enumerate(found)}
     if not isinstance(found, dict) or not found or not all(isinstance(v, str) for v in found.values()): return []
     row.first("options", "choices")
     notes.append("options written below the question")
     return ["\n".join(f"{k}. {v}" for k, v in found.items())]
+
+
+def _letter(i: int) -> str: return "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[i] if i < 26 else str(i + 1)
 
 
 def from_pairs(row: Fields, how: Reading) -> Draft:
@@ -135,7 +141,11 @@ def from_pairs(row: Fields, how: Reading) -> Draft:
     past = from_json(row.get("history"), "the history") or []
     if not isinstance(past, list) or not all(isinstance(p, list) and len(p) == 2 for p in past): raise Refused("the history is not a list of pairs")
     answer = row.first(*ANSWER_KEYS)
-    if isinstance(answer, int | float): notes.append("a number as answer written as text")
+    options = row.thing.get("options") or row.thing.get("choices")
+    if type(answer) is int and isinstance(options, list) and 0 <= answer < len(options):
+        notes.append("the number of an option, counted from 0, written as its letter")
+        answer = _letter(answer)
+    if isinstance(answer, int | float) and not isinstance(answer, bool): notes.append("a number as answer written as text")
     turns = [(text_of(q), text_of(a)) for q, a in past] + [(question_of(row, notes), text_of(answer, "the answer"))]
     if not turns[-1][0].strip(): raise Refused("the question is empty")
     if not turns[-1][1].strip(): raise Refused("the answer is empty")
@@ -144,19 +154,19 @@ def from_pairs(row: Fields, how: Reading) -> Draft:
     return Draft([*system_of(row, notes), *chat], tools_of(row.first(*TOOL_KEYS), notes), notes)
 
 # %% ../../nbs/data/15_formats.ipynb #markup
-_TURN = re.compile(r"\s*(?:<s>)?\s*\[INST\](.*?)\[/INST\](.*?)(?=(?:</s>)?\s*(?:<s>)?\s*\[INST\]|</s>\s*$|$)(?:</s>)?", re.S)
+TEXT_KEYS = ("text", "content", "document", "body", "article", "page_content", "markdown", "code", "abstract")
 _SYS = re.compile(r"^\s*<<SYS>>(.*?)<</SYS>>", re.S)
 
 
 def is_marked(row: dict) -> bool:
     "Whether the text of a row is a chat in a markup."
-    text = row.get("text")
+    text = next((row[k] for k in TEXT_KEYS if row.get(k) is not None), None)
     return isinstance(text, str) and ("[INST]" in text and "[/INST]" in text or chat_markup(text) is not None)
 
 
 def from_markup(row: Fields, how: Reading) -> Draft:
     "A text that is a chat in a markup: Mistral's `[INST]`, ChatML, and those of other models."
-    text = row.get("text")
+    text = row.first(*TEXT_KEYS)
     markup = chat_markup(text)
     if markup is None: return Draft(_inst_turns(text))
     notes = [f"read from {markup.name} markup"]
@@ -166,21 +176,20 @@ def from_markup(row: Fields, how: Reading) -> Draft:
 
 def _inst_turns(text: str) -> list[dict]:
     "The messages of a text in Mistral's markup, also with `<<SYS>>`"
-    out, at = [], 0
-    while found := _TURN.match(text, at):
-        question, answer = found[1].strip(), found[2].strip()
+    before, *turns = text.split("[INST]")
+    if rest := trimmed(before): raise Refused("the text has Mistral's markup that cannot be read", f"{one_line(rest, 40)!r} before [INST]")
+    out: list[dict] = []
+    for turn in turns:
+        question, *answers = turn.split("[/INST]")
+        if len(answers) != 1: raise Refused("the text has Mistral's markup that cannot be read", f"{len(answers)} times [/INST] behind [INST]")
+        question, answer = question.strip(), trimmed(answers[0])
         if not out and (system := _SYS.match(question)):
             out.append({"role": "system", "content": system[1].strip()})
             question = question[system.end() :].strip()
         out += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        at = found.end()
-    if (rest := text[at:].strip()) not in ("", "</s>"): raise Refused("the text has Mistral's markup that cannot be read", f"{one_line(rest, 40)!r} on")
     return out
 
 # %% ../../nbs/data/15_formats.ipynb #text
-TEXT_KEYS = ("text", "content", "document", "body", "article", "page_content", "markdown", "code", "abstract")
-
-
 def from_text(row: Fields, how: Reading) -> str:
     "Plain text, under a title if there is one."
     body = row.first(*TEXT_KEYS)
@@ -190,8 +199,10 @@ def from_text(row: Fields, how: Reading) -> str:
     return f"{row.get('title').strip()}\n\n{body}" if isinstance(title, str) and title.strip() else body
 
 # %% ../../nbs/data/15_formats.ipynb #preference
-_WORSE = re.compile(r"(?:^|_)(?:rejected|non_preferred|nonpreferred|dispreferred|loser|worse)(?:_|$)|^(?:lose|bad_answer|bad_response)$")
-_ONE_OF_TWO = re.compile(r"((?:response|answer|completion|output|message)s?)_(a|b|0|1|2|j|k|left|right)$")
+_WORSE = re.compile(r"(?:^|_)(?:rejected|non_preferred|nonpreferred|dispreferred|loser|worse)(?:_|$)|^(?:lose|negatives?)$"
+                    r"|^(?:bad|wrong|incorrect|unsafe|negative)_(?:answer|response|completion|output)s?$")
+_ONE_OF_TWO = re.compile(r"((?:response|answer|completion|output)s?)_?(a|b|0|1|2|j|k|left|right)")
+_JUDGED = {"preference", "preferred", "winner", "winner_model", "better", "better_response_id", "safer_response_id", "overall_preference", "labels"}
 
 
 def is_preference(row: dict) -> bool:
@@ -199,7 +210,9 @@ def is_preference(row: dict) -> bool:
     keys = [k.lower() for k, v in row.items() if isinstance(v, str | list | dict)]
     if "chosen" in keys or any(map(_WORSE.search, keys)): return True
     several = [found[1] for k in keys if (found := _ONE_OF_TWO.fullmatch(k))]
-    if len(several) >= 2: return True
+    judged = not _JUDGED.isdisjoint(k.lower() for k in row if isinstance(k, str))
+    if len(several) >= 2 and (judged or not any(k in keys for k in ANSWER_KEYS)) or several and judged: return True
+    if isinstance(row.get("generations"), list) and len(row["generations"]) > 1: return True
     answers = row.get("output")
     return "instruction" in row and isinstance(answers, list) and len(answers) > 1 and all(isinstance(a, str) for a in answers)
 
