@@ -3,6 +3,7 @@ import gzip
 import json
 import random
 import shutil
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -346,3 +347,102 @@ def test_refused_as_by_the_reference():
 def test_guess_says_one_document():
     assert "one document" in str(guess_format(CASES / "two_docs.txt"))
     assert [r for _, r in read_rows(CASES / "two_docs.txt")] == [{"text": "First document on one line.\nSecond document on one line.\n"}]
+
+
+# more of the same kinds, found by trying
+
+QA = {"question": "How deep?", "answer": "Nine."}
+FILES = {  # name, bytes: rows kept, rows refused, words
+    "latin1.json": ('[{"question":"é","answer":"b"}]'.encode("latin-1"), 0, 1, ["not UTF-8"]),
+    "header.csv": ("question,r\u00e9ponse,answer\na,b,c\n".encode("latin-1"), 0, 1, ["not UTF-8"]),
+    "utf16 without a mark.jsonl": (json.dumps(QA).encode("utf-16-le"), 0, 1, ["UTF-16 without a byte order mark"]),
+    "rows with a role.json": (b'[{"conversation_id":1,"role":"user","content":"a"},{"conversation_id":1,"role":"assistant","content":"b"}]', 0, 2, ["one message of a conversation"]),
+    "rows with an author.json": (b'[{"author":"Ann","instruction":"q","output":"a"},{"author":"Bob","instruction":"q","output":"a"}]', 2, 0, ["column author"]),
+    "split.json": (b'{"columns":["question","answer"],"index":["x","y"],"data":[["a","b"],["c","d"]]}', 2, 0, ["by columns", "column index"]),
+    "index.json": (b'{"0":{"question":"a","answer":"b"},"1":{"question":"c","answer":"d"}}', 2, 0, ["by columns"]),
+    "comma and null.jsonl": (b'{"question":"a","answer":"b","x":null,}\n', 1, 0, ["column x left out: null"]),
+    "twice in Python.jsonl": (b"{'question': 'a', 'answer': 'b', 'answer': 'c'}\n", 1, 0, ["answer stands twice"]),
+    "twice in a cell.jsonl": (json.dumps({"messages": '[{"role":"user","content":"a"},{"role":"assistant","content":"b","content":"c"}]'}).encode(), 1, 0, ["content stands twice"]),
+    "a list in text.txt": (json.dumps([QA, QA], indent=1).encode(), 2, 0, ["JSON in a text file"]),
+    "excel.csv": (b"sep=;\nquestion;answer\na;b\n", 1, 0, ["parted by semicolons"]),
+    "spaces.csv": (b'question, answer\n"Where?", "There, that is."\n', 1, 0, ["spaces"]),
+    "a brace too few.jsonl": (b'{"question":"a","x":{"answer":"b"}\n' + json.dumps(QA).encode() + b"\n" + json.dumps(QA).encode() + b"\n", 2, 1, ["not JSON"]),
+    "a comma too few.jsonl": (b"[\n" + json.dumps(QA).encode() + b"\n" + json.dumps(QA).encode() + b"\n]\n", 2, 0, []),
+    "empty lists.jsonl": (b"[]\n" + json.dumps(QA).encode() + b"\n[[]]\n", 1, 2, ["an empty list"]),
+    "escaped quotes, cut.jsonl": (b'{"text": "' + b'\\"' * 40_000 + b"\n" + json.dumps(QA).encode() + b"\n", 1, 1, ["not JSON"]),
+    "many on a line.jsonl": (json.dumps(QA).encode() * 20_000, 20_000, 0, []),
+}
+ROWS = {  # a row: kept, the contents or words
+    "a user's name": (dict(QA, user="u_1"), True, "column user left out"),
+    "twelve options": (dict(QA, options=[f"o{i}" for i in range(12)]), True, "L. o11"),
+    "the number of an option": ({"question": "Port?", "choices": ["Bern", "Brest"], "answer": 1}, True, "written as its letter"),
+    "CAMEL": ({"role_1": "a", "topic;": "b", "message_1": "c", "message_2": "d", "instruction": "q", "output": "a"}, True, "column message_1"),
+    "incorrect_answer": (dict(QA, incorrect_answer="b"), False, "preference pair"),
+    "generations": ({"instruction": "p", "generations": ["a", "b"], "output": "a"}, False, "preference pair"),
+    "ChatML under content": ({"content": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>"}, True, "read from ChatML"),
+    "a play": ({"text": "User: admin\nSystem: up\nAssistant: manager\nHost: a"}, True, "Human and Assistant markup kept"),
+    "words between": ({"text": "<|im_start|>user\nHi<|im_end|>\nStray.\n<|im_start|>assistant\nHo<|im_end|>"}, False, "words between its messages"),
+    "guanaco": ({"text": "### Human: Hi### Assistant: Hello"}, True, "read from Human and Assistant"),
+    "ReAct": ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "Thought: x\nAction: f"}, {"role": "function", "content": "1"}, {"role": "assistant", "content": "b"}]}, False, "the calls stand in the text"),
+    "others' settings": ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "settings": {"temperature": 1}}, True, "column settings"),
+}  # noqa: E501
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_more_files(name, tmp_path):
+    data, kept, refused, words = FILES[name]
+    (tmp_path / name).write_bytes(data)
+    began = time.monotonic()
+    try: done = convert(tmp_path / name)
+    except UnknownFormat as e: found = (0, refused, str(e))
+    else: found = (done.kept, len(done.refused), "\n".join([*done.notes, *(r["reason"] for r in done.refused)]))
+    assert found[:2] == (kept, refused) and not [w for w in words if w not in found[2]], found
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_more_rows(name):
+    row, kept, word = ROWS[name]
+    done = convert([row])
+    assert (done.kept == 1) == kept and word in json.dumps([done.notes, done.rows, [r["reason"] for r in done.refused]], ensure_ascii=False)
+
+
+def test_more_tables():
+    "Bytes, named indexes, whole numbers beside an empty cell"
+    table = pa.table({"question": [b"Where?", b"\xff"], "answer": ["There.", "Here."]})
+    done = convert(table)
+    assert contents(done.rows[0])[0] == "Where?" and "no UTF-8" in done.refused[0]["reason"]
+    frame = pd.DataFrame([dict(QA, context="The quay.")]).set_index("context")
+    assert contents(convert(frame).rows[0])[0] == "The quay.\n\nHow deep?"
+    numbers = pd.DataFrame({"question": ["2+2?", "?"], "answer": [4, None]})
+    assert contents(convert(numbers).rows[0])[1] == "4"
+
+
+def test_out_in_its_own_source(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(QA) + "\n")
+    with pytest.raises(ValueError, match="would be read as data the next time"): convert(tmp_path, to=tmp_path / "out.jsonl")
+
+
+def test_eval_files_are_left_out(tmp_path):
+    for name in ("chats.jsonl", "test.jsonl", "validationset.jsonl", "hold-out.jsonl"): (tmp_path / name).write_text(json.dumps(QA) + "\n")
+    done = convert(tmp_path)
+    assert done.kept == 1 and sum("not for training" in n for n in done.notes) == 1
+
+
+def test_schemas_of_other_programs():
+    "References, alternatives and other names of types"
+    schema = {"type": "OBJECT", "properties": {"w": {"$ref": "#/$defs/W"}, "p": {"type": "List[str]"}, "q": {"type": "STRING", "required": True}}, "$defs": {"W": {"type": ["string", "null"]}}}
+    row = tool_row("f", {"w": None, "q": None}, {}, [])
+    row["tools"][0]["function"]["parameters"] = schema
+    done = convert([row])
+    assert json.loads(done.rows[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]) == {"w": None}
+    assert done.rows[0]["tools"][0]["function"]["parameters"]["type"] == "object"
+
+
+def test_results_by_name():
+    calls = [{"function": {"name": n, "arguments": {}}} for n in ("fa", "fb")]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": calls},
+                {"role": "tool", "name": "fb", "content": "RB"}, {"role": "tool", "name": "fa", "content": "RA"}, {"role": "assistant", "content": "b"}]
+    made = convert([{"messages": messages}]).rows[0]["messages"]
+    ids = {c["function"]["name"]: c["id"] for c in made[1]["tool_calls"]}
+    assert {m["tool_call_id"]: m["content"] for m in made[2:4]} == {ids["fa"]: "RA", ids["fb"]: "RB"}

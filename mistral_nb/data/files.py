@@ -334,7 +334,7 @@ def read_csv(path: Path, usual: str, notes: Counter) -> Iterator[tuple[Where, An
     if told: next(records, None)
     line, header = next(records, (1, []))
     if isinstance(header, str): yield Where(name, line), SampleError(Where(name, line), header, code="json"); return
-    spaced = any(c != c.strip() for c in header)
+    spaced = any(c != c.strip() for c in header) or f"{separator} " in first
     if spaced: notes["spaces around the cells left out"] += 1
     header = [c.strip() for c in header]
     if error := not_utf8("".join(header), Where(name, line)):
@@ -369,6 +369,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[Where, Any]]:
 
 def rows_of_text(text: str, where: Where) -> Iterator[tuple[Where, Any]]:
     "The rows in a text of JSON; where several lines make no value together, each line is tried alone."
+    if text.strip(" \t\r\n,") in ("[", "]"): return  # of a list that is broken elsewhere
     try: found = [with_notes(row, twice) for value, twice in read_values(text) for row in rows_of(value) or [json_error(ValueError("an empty list"), where)]]
     except (ValueError, RecursionError) as e:
         lines = text.splitlines(keepends=True)
