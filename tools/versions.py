@@ -3,6 +3,7 @@
     python tools/versions.py lowest|newest [--keep FOLDER] [--torch 2.7.0]
 """
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def lowest(requirement: str) -> str:
 
 def pip(python: Path, *words: str) -> None:
     "Install, without this machine's own settings for pip"
-    env = {"PIP_CONFIG_FILE": "/dev/null", "PIP_CONSTRAINT": "", "PATH": "/usr/bin:/bin"}
+    env = {**os.environ, "PIP_CONFIG_FILE": os.devnull, "PIP_CONSTRAINT": ""}
     subprocess.run([python, "-m", "pip", "install", "-q", *words], check=True, cwd=ROOT, env=env)
 
 
@@ -54,7 +55,7 @@ def main() -> int:
         shown = "import importlib.metadata as m, sys; print(*(f'{n} {m.version(n)}' for n in sys.argv[1:]), sep=', ')"
         subprocess.run([python, "-c", shown, *names], check=True)
         files = [f"tests/{t}.py" for t in TESTS if (ROOT / f"tests/{t}.py").exists()]
-        return subprocess.run([python, "-m", "pytest", "-q", *files], cwd=ROOT, env={"OMP_NUM_THREADS": "1", "PATH": f"{home}/bin:/usr/bin:/bin"}).returncode
+        return subprocess.run([python, "-m", "pytest", "-q", *files], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{home}/bin:{os.environ['PATH']}"}).returncode
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -135,6 +135,7 @@ class TrainArgs:
     device: str = "auto"  # auto, cpu, cuda
     placement: str = "auto"  # of the model on several devices; replicate: on each, hybrid: its rows divided among those of a node, shard: among all; auto: the first of these that fits
     skip_not_finite: int = 0  # steps that may be left out because their loss is not finite, before one stops the run
+    threads: Optional[int] = None  # that compute on a CPU; null: as many as this process, or its container, has cores
     on_tracking_error: str = "warn"  # MLflow or W&B that fails or does not answer; warn: go on without it, stop: save and end
     timeout_minutes: float = 30.0  # a step that takes longer ends the run with the traceback of the rank that hangs
     tensorboard: bool = False  # also write TensorBoard events
@@ -187,7 +188,7 @@ def _quantity_hint(key: str, want: type, number: str, unit: str | None) -> str:
 MOST = {
     "seq_len": 2**24, "batch_size": 2**20, "num_microbatches": 2**20, "max_steps": 10**9, "log_freq": 10**9, "eval_freq": 10**9, "ckpt_freq": 10**9,
     "num_ckpt_keep": 10**9, "world_size": 2**20, "skip_not_finite": 10**9, "timeout_minutes": 10**6, "memory_gib": 10**6, "max_norm": 1e30,
-    "seed": 2**32 - 1, "lora.rank": 2**16, "lora.scaling": 1e6, "lora.lr_ratio": 1e6, "optim.lr": 1e3, "optim.weight_decay": 1e3,
+    "threads": 2**12, "seed": 2**32 - 1, "lora.rank": 2**16, "lora.scaling": 1e6, "lora.lr_ratio": 1e6, "optim.lr": 1e3, "optim.weight_decay": 1e3,
 }  # noqa: E501
 LARGEST_BATCH = 2**28  # tokens
 
@@ -352,6 +353,7 @@ def check(args: TrainArgs) -> TrainArgs:
     if not (args.data.data or args.data.instruct_data): raise ConfigError("data", "there is nothing to train on", "set data.instruct_data or data.data")
     if not args.no_eval and not args.data.eval_instruct_data:
         raise ConfigError("data.eval_instruct_data", "is missing", "set it, or no_eval: true")
+    if args.threads is not None and args.threads < 1: raise ConfigError("threads", f"{args.threads} compute nothing", "null takes as many as there are")
     if args.num_ckpt_keep is not None and args.num_ckpt_keep < 1: raise ConfigError("num_ckpt_keep", f"{args.num_ckpt_keep} keeps no checkpoint", "null keeps all")
     if args.wandb.project == "": args.wandb.project = None  # mistral-finetune's example leaves it empty
     train = parse_sources(args.data.data, "data.data") + parse_sources(args.data.instruct_data, "data.instruct_data")

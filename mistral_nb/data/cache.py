@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Lines', 'FORMAT', 'LISTS', 'SCHEMA', 'DataError', 'chunks', 'columns', 'encoder_of', 'encode_lines', 'no_garbage',
-           'cores', 'ordered', 'digest', 'cache_key', 'record_batch', 'TokenFile', 'open_cache', 'default_cache',
-           'cache_folder', 'tokenize_file', 'write_cache', 'cached', 'clear_cache']
+           'cores', 'container_share', 'ordered', 'digest', 'cache_key', 'record_batch', 'TokenFile', 'open_cache',
+           'default_cache', 'cache_folder', 'tokenize_file', 'write_cache', 'cached', 'clear_cache']
 
 # %% ../../nbs/data/20_cache.ipynb #imports
 import gc
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -125,8 +126,18 @@ def no_garbage() -> Iterator[None]:
 
 # %% ../../nbs/data/20_cache.ipynb #ordered
 def cores() -> int:
-    "Cores that this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    "Cores that this process may use: those that it is bound to, and no more than its container's share."
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(bound, math.ceil(min(bound, container_share()))))
+
+
+def container_share(root: str | Path = "/sys/fs/cgroup") -> float:
+    "Cores that a container's quota amounts to (cgroup v2 or v1); infinite without one."
+    try:
+        if (file := Path(root) / "cpu.max").exists(): quota, period = file.read_text().split()
+        else: quota, period = ((Path(root) / "cpu" / f"cpu.cfs_{n}_us").read_text() for n in ("quota", "period"))
+        return int(quota) / int(period) if int(quota) > 0 else math.inf
+    except (OSError, ValueError): return math.inf  # "max"
 
 
 def ordered(work: Callable, jobs: Iterable, workers: int) -> Iterator[Any]:

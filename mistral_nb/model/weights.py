@@ -6,7 +6,7 @@
 __all__ = ['Stored', 'NF4_STATE', 'HF_KEYS', 'part_names', 'from_bitsandbytes', 'read_tensors', 'own_name', 'unpermute',
            'unpermute_any', 'from_hf_names', 'read_ahead', 'read_model', 'fitting', 'Stacks', 'packed_as', 'share_out',
            'rows_for', 'some_rows', 'load_model', 'file_dtype', 'stored_kind', 'packed_names', 'names_in',
-           'fingerprint', 'save_tensors', 'save_model', 'init_model', 'extend_vocab']
+           'fingerprint', 'save_tensors', 'sort_metadata', 'save_model', 'init_model', 'extend_vocab']
 
 # %% ../../nbs/model/42_weights.ipynb #imports
 import hashlib
@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from threading import Event
 from threading import Thread
-from typing import Callable, Iterable, Iterator
+from typing import BinaryIO, Callable, Iterable, Iterator
 
 import torch
 from safetensors import SafetensorError
@@ -359,9 +359,25 @@ def save_tensors(state: dict[str, Tensor], file: str | Path, metadata: dict[str,
     "Write a safetensors file under a temporary name, then rename it: `file` is whole or not there."
     part = Path(f"{file}.part")
     notes = {"format": "pt", **(metadata or {})}
+    with open(part, "wb"): pass
+    mode = part.stat().st_mode  # what the umask says; save_file would leave it to its owner alone
     save_file({k: v.contiguous() for k, v in state.items()}, part, metadata=notes)
-    with open(part, "rb+") as f: os.fsync(f.fileno())
+    part.chmod(mode)
+    with open(part, "rb+") as f:
+        sort_metadata(f)
+        os.fsync(f.fileno())
     os.replace(part, file)
+
+
+def sort_metadata(file: BinaryIO) -> None:
+    "Put the metadata of an open safetensors file in order, so that equal contents are equal bytes; it comes from a hash map."
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(size))
+    ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+    text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(text) > size: return  # written in another way: then it stays as it is
+    file.seek(8)
+    file.write(text.ljust(size))
 
 
 def save_model(state: dict[str, Tensor], args: ModelArgs, folder: str | Path) -> None:

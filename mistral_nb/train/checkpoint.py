@@ -6,8 +6,8 @@
 __all__ = ['LORA_KEYS', 'Files', 'SUMS', 'MAY_CHANGE', 'CheckpointError', 'checkpoint_dir', 'step_of', 'checkpoints', 'only_here',
            'own_settings', 'consolidated_files', 'put', 'trained', 'rng_state', 'training_tensors', 'rng_tensors',
            'training_state', 'shared_as', 'load_training_state', 'digests', 'fault', 'newest_good', 'settle',
-           'settle_one', 'used', 'check_unused', 'same_rows', 'check_same', 'Hold', 'is_held', 'snapshot',
-           'write_checkpoint', 'Writer', 'read_facts', 'load_checkpoint', 'adapter_scaling']
+           'settle_one', 'used', 'check_unused', 'same_rows', 'check_length', 'check_same', 'Hold', 'is_held',
+           'snapshot', 'write_checkpoint', 'Writer', 'read_facts', 'load_checkpoint', 'adapter_scaling']
 
 # %% ../../nbs/train/66_checkpoint.ipynb #imports
 import hashlib
@@ -52,6 +52,7 @@ from ..model.quant import local
 from ..model.quant import own_rows
 from ..model.weights import fingerprint
 from ..model.weights import save_tensors
+from .optim import lr_at
 
 try: import fcntl
 except ImportError: fcntl = None  # Windows
@@ -96,7 +97,7 @@ def own_settings(lora: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in lora.items() if k in LORA_KEYS or v != getattr(default, k, v) and k != "rslora"}
 
 # %% ../../nbs/train/66_checkpoint.ipynb #consolidated
-Files = dict[str, Any]  # what goes into a folder, by name: (tensors, notes), a text, or the path of a file to copy
+Files = dict[str, Any]  # what goes into a folder, by name: (tensors, notes), a text, or bytes
 
 
 def consolidated_files(
@@ -105,7 +106,7 @@ def consolidated_files(
     dtype: torch.dtype,  # of the tensors in the file: the base model's
     lora: dict[str, Any],  # rank, dropout, scaling, for params.json
     adapters_only: bool = True,  # false gives all weights, the adapter merged in
-    tokenizer_file: Path | None = None,  # goes beside the weights
+    tokenizer: tuple[str, bytes] | None = None,  # its file's name and content, to go beside the weights
 ) -> Files:
     "An adapter, or merged weights, in Mistral's layout."
     params, out = to_params(args), {}
@@ -125,7 +126,7 @@ def consolidated_files(
         if args.tied_embeddings: merged.pop("output.weight", None)
         out["consolidated.safetensors"] = merged, None
     out["params.json"] = json.dumps(params, indent=4)
-    return out | ({tokenizer_file.name: tokenizer_file} if tokenizer_file else {})
+    return out | (dict([tokenizer]) if tokenizer else {})
 
 
 def put(folder: Path, files: Files) -> None:
@@ -133,7 +134,7 @@ def put(folder: Path, files: Files) -> None:
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, tuple): save_tensors(content[0], folder / name, content[1])
-        elif isinstance(content, Path): shutil.copy(content, folder / name)
+        elif isinstance(content, bytes): (folder / name).write_bytes(content)
         else: (folder / name).write_text(content)
 
 # %% ../../nbs/train/66_checkpoint.ipynb #state
@@ -205,7 +206,8 @@ def digests(folder: Path) -> dict[str, str]:
 def fault(folder: Path) -> str:
     "What is wrong with a checkpoint's files; empty if nothing is. Files of the user's beside them are none of it."
     try: wanted = json.loads((folder / SUMS).read_text())
-    except (OSError, json.JSONDecodeError): return f"{SUMS} is missing or damaged"
+    except (OSError, ValueError, RecursionError): wanted = None
+    if not isinstance(wanted, dict): return f"{SUMS} is missing or damaged"
     found = digests(folder)
     missing, other = sorted(wanted.keys() - found.keys()), sorted(n for n in wanted.keys() & found.keys() if wanted[n] != found[n])
     return f"{missing[0]} is missing" if missing else f"{other[0]} is not what was written" if other else ""
@@ -234,7 +236,7 @@ def settle_one(path: Path) -> None:
     finally: os.close(handle)
 
 # %% ../../nbs/train/66_checkpoint.ipynb #run-dir
-MAY_CHANGE = {"max_steps", "log_freq", "eval_freq", "no_eval", "ckpt_freq", "no_ckpt", "num_ckpt_keep", "save_adapters", "checkpoint", "memory_gib", "resume", "run_dir", "wandb", "mlflow", "tensorboard", "device", "world_size", "model_id_or_path", "placement", "skip_not_finite", "timeout_minutes"}
+MAY_CHANGE = {"max_steps", "log_freq", "eval_freq", "no_eval", "ckpt_freq", "no_ckpt", "num_ckpt_keep", "save_adapters", "checkpoint", "memory_gib", "resume", "run_dir", "wandb", "mlflow", "tensorboard", "device", "world_size", "model_id_or_path", "placement", "skip_not_finite", "timeout_minutes", "threads", "on_tracking_error"}
 
 
 def used(run_dir: str | Path) -> str | None:
@@ -256,6 +258,19 @@ def same_rows(args: TrainArgs, folder: Path, world_size: int) -> TrainArgs:
     return args if rows % (world_size * args.batch_size) else replace(args, num_microbatches=rows // (world_size * args.batch_size))
 
 
+def check_length(args: TrainArgs, old: TrainArgs, step: int) -> None:
+    "`ConfigError` if a run has more steps already than it should have; a warning if its learning rate jumps, since it is extended."
+    if args.max_steps < step: raise ConfigError("max_steps", f"is {args.max_steps}, and {step} steps are done", "give as many or more, or choose another run_dir")
+    if args.max_steps == old.max_steps or not 0 < step < args.max_steps: return
+    last = lr_at(step - 1, old.max_steps, old.optim.lr, old.optim.pct_start)
+    following = lr_at(step, args.max_steps, args.optim.lr, args.optim.pct_start)
+    if following <= 1.5 * last: return
+    low = args.optim.lr * last / following
+    warnings.warn(
+        f"max_steps is {args.max_steps}, and was {old.max_steps}: the learning rate goes on at {following:.2g}, after {last:.2g}, "
+        f"since its cycle is longer now; optim.lr={low:.2g} keeps it low", stacklevel=3)
+
+
 def check_same(args: TrainArgs, folder: Path, world_size: int) -> None:
     "`ConfigError` that names what differs between `args` and the run that wrote the checkpoint."
     facts, new = read_facts(folder), to_dict(args)
@@ -266,9 +281,11 @@ def check_same(args: TrainArgs, folder: Path, world_size: int) -> None:
         fits = same_rows(args, folder, world_size).num_microbatches
         if rows[0] != rows[1]: raise ConfigError("num_microbatches", f"a step of {world_size} processes would have {rows[1]} rows, and had {rows[0]}", f"set it to {fits}" if fits != args.num_microbatches else f"start {facts['world_size']} processes again")
     if "model" in facts and facts["model"] != fingerprint(args.model_id_or_path): raise ConfigError("model_id_or_path", f"{args.model_id_or_path} holds other weights than the model of the run to resume", "an adapter fits the model that it was trained on only: put it back, or choose another run_dir")
+    check_length(args, build(TrainArgs, facts["args"]), facts["step"])
     same = MAY_CHANGE | ({"num_microbatches", "batch_size"} if rows[0] == rows[1] and args.loss_average == "tokens" and args.packing == "best_fit" else set())
     before, now = flat(old), flat(new)
     for key in now:
+        if key == "optim.lr" and now["max_steps"] > before["max_steps"] and now[key] < before[key]: continue  # of a run that is extended
         if key.partition(".")[0] not in same and key != "data.cache" and before.get(key) != now[key]: raise ConfigError(key, f"is {now[key]!r}, and {before.get(key)!r} in the run to resume", "set it back, or choose another run_dir")
 
 # %% ../../nbs/train/66_checkpoint.ipynb #hold

@@ -99,6 +99,7 @@ from .plan import free_memory
 from .plan import gib
 from .plan import has_expanded_heads
 from .plan import make_plan
+from .plan import use_threads
 from .step import NotFinite
 from .step import mean_loss
 from .step import train_step
@@ -150,6 +151,7 @@ def summary(trainer: "Trainer") -> Table:
         ("trained", f"{learn:,} ({learn / every:.2%})"),
         ("weights", weights_line(args, model, f"{trainer.device}, {world} process{'es' * (world > 1)}")),
         ("memory", f"{gib(trainer.plan.memory.total)} of {gib(trainer.plan.budget)} GiB: {trainer.plan.how()}"),
+        *([("threads", f"{args.threads}")] if args.threads else []),
         ("tokenizer", f"{trainer.tokenizer.version}, {trainer.tokenizer.vocab_size:,} tokens"),
         ("tokens in a step", f"{args.seq_len * args.batch_size * args.num_microbatches * world:,}"),
         ("steps", f"{args.max_steps:,}" + (f", going on after {trainer.step}" if trainer.step else "")),
@@ -208,7 +210,7 @@ class Trainer:
         if args.world_size not in (None, self.ranks.world_size): raise ConfigError("world_size", f"{args.world_size} is set and {self.ranks.world_size} processes run", "leave it out, or start torchrun with as many")
         self.begun = args.resume or self.ranks.restarted  # then run_dir may hold a run
         begin = self._newest() if self.begun else None
-        args = self.args
+        args = self.args = replace(self.args, threads=use_threads(self.args.threads, self.device))
         used(args.run_dir)  # says early if it is a file
         saves = self.ranks.main and args.lora.enable and args.save_adapters and not args.no_ckpt
         if saves and (why := only_here(args.lora.dora, args.lora.also_train)): warnings.warn(why, stacklevel=2)
@@ -217,6 +219,8 @@ class Trainer:
         self.file_dtype, self.base = file_dtype(args.model_id_or_path), fingerprint(args.model_id_or_path)
         self.tokenizer = load_tokenizer(args.model_id_or_path)
         check_vocab(self.tokenizer, self.model_args.vocab_size)
+        file = self.tokenizer.file
+        self.tokenizer_file = (file.name, file.read_bytes()) if file else None  # kept, since the model's folder may go
         self.data, self.eval_data = read_data(args, self.tokenizer, self.ranks.world_size, self.ranks.main)
         self.step, self.skipped, self.inside, self.history, self.writer, self.watch = 0, 0, False, History(), Writer(), None
         if self.ranks.main and not dist.launched(): forget_stop(args.run_dir)
@@ -251,6 +255,7 @@ class Trainer:
         found = dist.from_main(newest_good(self.args.run_dir) if self.ranks.main else None)
         if found and self.ranks.restarted: self.args = same_rows(self.args, found, self.ranks.world_size)  # nobody is there to set it, if nodes went or came
         if found: check_same(self.args, found, self.ranks.world_size)
+        if found and self.args.threads is None: self.args = replace(self.args, threads=read_facts(found)["args"].get("threads"))
         return found
 
     def _go_on(self, folder: Path) -> None:
@@ -318,6 +323,7 @@ class Trainer:
                     self.inside = False  # what follows changes no weights
                     record = self._marked(record)
                     self.history.records.append(record)
+                    if self.ranks.main: sinks = self._present(sinks)
                     for sink in sinks:  # before the checkpoint: a step that is saved has its record
                         if record.eval: sink.log(record.eval)  # first: who reads a step's record finds its evaluation
                         if (said := self._due(self.args.log_freq) or record.eval or record.checkpoint): sink.log(record)
@@ -337,6 +343,19 @@ class Trainer:
                 for sink in sinks: sink.close()
                 if self.ranks.main: stop_file(self.args.run_dir).unlink(missing_ok=True)  # it was meant for this run
                 hold.__exit__()
+
+    def _present(self, sinks: list[Sink]) -> list[Sink]:
+        "The sinks; if run_dir has vanished it is made again, with the records of this session"
+        if Path(self.args.run_dir).is_dir(): return sinks
+        warnings.warn(f"{self.args.run_dir} has vanished: it is made again, and its older records and checkpoints are lost", stacklevel=3)
+        for sink in (s for s in sinks if not isinstance(s, Service)): sink.close()
+        Path(self.args.run_dir).mkdir(parents=True)
+        save_args(self.args, Path(self.args.run_dir) / "args.yaml")
+        lines = JsonLines(self.args.run_dir)
+        for record in self.history.records[:-1]:
+            if record.eval: lines.log(record.eval)
+            lines.log(record)
+        return [lines, *(s for s in sinks if isinstance(s, Service))]
 
     def _due(self, every: int) -> bool: return self.step == self.args.max_steps or every > 0 and self.step % every == 0
 
@@ -387,7 +406,7 @@ class Trainer:
         if self.ranks.main or self.plan.groups:
             files = snapshot(
                 self.model, self.optimizer, facts, rngs, self.ranks.main,
-                args=self.model_args, dtype=self.file_dtype, lora=asdict(a.lora) | {"scaling": scaling(a)}, adapters_only=a.save_adapters, tokenizer_file=self.tokenizer.file,
+                args=self.model_args, dtype=self.file_dtype, lora=asdict(a.lora) | {"scaling": scaling(a)}, adapters_only=a.save_adapters, tokenizer=self.tokenizer_file,
             )
         if self.ranks.main: self.writer.start(a.run_dir, self.step, files, a.num_ckpt_keep)
         return checkpoint_dir(a.run_dir, self.step)
