@@ -264,11 +264,11 @@ def check_length(args: TrainArgs, old: TrainArgs, step: int) -> None:
     if args.max_steps == old.max_steps or not 0 < step < args.max_steps: return
     last = lr_at(step - 1, old.max_steps, old.optim.lr, old.optim.pct_start)
     following = lr_at(step, args.max_steps, args.optim.lr, args.optim.pct_start)
-    if following <= 1.5 * last: return
-    low = args.optim.lr * last / following
+    if following <= 1.5 * last or args.optim.lr < old.optim.lr: return  # no jump, or one that was chosen
+    low = old.optim.lr / 10
     warnings.warn(
         f"max_steps is {args.max_steps}, and was {old.max_steps}: the learning rate goes on at {following:.2g}, after {last:.2g}, "
-        f"since its cycle is longer now; optim.lr={low:.2g} keeps it low", stacklevel=3)
+        f"since its cycle is longer now; optim.lr={low:.2g}, a tenth, keeps it low", stacklevel=3)
 
 
 def check_same(args: TrainArgs, folder: Path, world_size: int) -> None:
