@@ -31,8 +31,8 @@ def lowest(requirement: str) -> str:
 
 
 def pip(python: Path, *words: str) -> None:
-    "Install, without this machine's own settings for pip"
-    env = {**os.environ, "PIP_CONFIG_FILE": os.devnull, "PIP_CONSTRAINT": ""}
+    "Install, free of the constraints that this machine's pip may have"
+    env = {**os.environ, "PIP_CONSTRAINT": os.devnull}
     subprocess.run([python, "-m", "pip", "install", "-q", *words], check=True, cwd=ROOT, env=env)
 
 
@@ -50,12 +50,14 @@ def main() -> int:
         exact = [lowest(r) for r in requirements()] if options.which == "lowest" else []
         if options.torch: exact = [e for e in exact if not e.startswith("torch=")] + [f"torch=={options.torch}"]
         (Path(d) / "exact.txt").write_text("\n".join(exact))
-        pip(python, "-U", *(["--upgrade-strategy", "eager"] if options.which == "newest" else []), "-c", f"{d}/exact.txt", "-e", str(ROOT), *TOOLS)
+        eager = ["--upgrade-strategy", "eager"] if options.which == "newest" else []
+        pip(python, "-U", *eager, "-c", f"{d}/exact.txt", "-e", str(ROOT), *TOOLS)
         names = [re.split(r"[\[>]", r)[0] for r in requirements()]
         shown = "import importlib.metadata as m, sys; print(*(f'{n} {m.version(n)}' for n in sys.argv[1:]), sep=', ')"
         subprocess.run([python, "-c", shown, *names], check=True)
         files = [f"tests/{t}.py" for t in TESTS if (ROOT / f"tests/{t}.py").exists()]
-        return subprocess.run([python, "-m", "pytest", "-q", *files], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{home}/bin:{os.environ['PATH']}"}).returncode
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{home}/bin:{os.environ['PATH']}"}
+        return subprocess.run([python, "-m", "pytest", "-q", *files], cwd=ROOT, env=env).returncode
 
 
 if __name__ == "__main__": sys.exit(main())

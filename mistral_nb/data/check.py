@@ -87,7 +87,6 @@ from .schema import parse_line
 from .schema import parse_row
 from .schema import parse_settings
 from .schema import read_lines
-from .schema import reason
 from .schema import role_name
 from .schema import to_row
 from .tokens import Tokenizer

@@ -9,7 +9,6 @@ __all__ = ['MEDIA', 'WANTED', 'UNWANTED', 'PASSED', 'refuse_unwanted', 'texts_in
 # %% ../../nbs/data/16_convert.ipynb #imports
 import ast
 import json
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import chain
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 from ..core.html import Table, one_line
-from .files import ReadRow
 from .formats import FORMATS, READ, UnknownFormat, guess_format, named_columns  # noqa: F401
 from .markup import CONTROL, find_marks
 from .messages import ROLE, CallIds, Draft, Fields, Reading, Unreadable

@@ -15,10 +15,9 @@ import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import islice
-from typing import Any, Callable, Iterable
+from typing import Any, Callable
 
 from ..core.html import one_line
-from .files import loose
 from .markup import chat_markup, read_chat, trimmed
 from .messages import ROLE, Draft, Fields, Reading, Unreadable
 from .messages import from_json, is_json, message_of, messages_in, text_of, tools_of

@@ -25,7 +25,6 @@ from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.instruct.chunk import TextChunk
 from mistral_common.protocol.instruct.chunk import ThinkChunk
 from mistral_common.protocol.instruct.messages import AssistantMessage
-from mistral_common.protocol.instruct.messages import FinetuningAssistantMessage
 from mistral_common.protocol.instruct.messages import SystemMessage
 from mistral_common.protocol.instruct.messages import ToolMessage
 from mistral_common.protocol.instruct.messages import UserMessage
