@@ -20,6 +20,7 @@ DIVIDED = {  # placement: shard
     "fp8_dora": dict(quantize="fp8", lora=dict(dora=True)), "fp8_merged": dict(quantize="fp8", save_adapters=False),
     "recompute": dict(checkpoint=1), "merged": dict(save_adapters=False), "full_recompute": FULL | dict(checkpoint=True), "hf": {},
 }
+PACKED = [name for name, changes in DIVIDED.items() if "quantize" in changes]  # divided from PyTorch 2.12 on
 COPIED = {"copied": {}, "moe_copied": {}, "full_copied": FULL}
 PIECES = {"pieces": 40, "moe_pieces": 40}  # most tokens at once
 GOES_ON = ["dense", "full", "pissa"]

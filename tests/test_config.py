@@ -9,11 +9,74 @@ from pathlib import Path
 import pytest
 
 from mistral_nb import cli
-from mistral_nb.core.config import ConfigError, TrainArgs, changes, check_overlap, check_paths, load_args, parse_yaml
+from mistral_nb.core.config import (
+    ConfigError,
+    TrainArgs,
+    changes,
+    check_overlap,
+    check_paths,
+    load_args,
+    parse_yaml,
+)
 
-ODD = [None, True, False, 0, -1, 1, 3, 10**7, 10**30, 10**4400, 1.5, -0.5, 1e-300, 1e300, math.nan, math.inf, -math.inf, "", " ", "abc", "4", "1e-4", "24GB", "8k", "5%",
-       "true", "none", "auto", "~", "~nobody/x", "$NOPE/x", "a:b:2", "a,b", "a:", ":2", "a:nan", "a:-1", "\x1b[31mred", "\u202ereversed", "\x00", "x" * 100_000, "é/ü 漢",
-       [], [1], ["wq"], [["wq"]], [None], {}, {"a": 1}, {1: 2}, datetime.date(2024, 1, 2), Path("a/b"), b"bytes", (1, 2), {1, 2}, 1 + 2j]  # noqa: E501
+ODD = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    3,
+    10**7,
+    10**30,
+    10**4400,
+    1.5,
+    -0.5,
+    1e-300,
+    1e300,
+    math.nan,
+    math.inf,
+    -math.inf,
+    "",
+    " ",
+    "abc",
+    "4",
+    "1e-4",
+    "24GB",
+    "8k",
+    "5%",
+    "true",
+    "none",
+    "auto",
+    "~",
+    "~nobody/x",
+    "$NOPE/x",
+    "a:b:2",
+    "a,b",
+    "a:",
+    ":2",
+    "a:nan",
+    "a:-1",
+    "\x1b[31mred",
+    "\u202ereversed",
+    "\x00",
+    "x" * 100_000,
+    "é/ü 漢",
+    [],
+    [1],
+    ["wq"],
+    [["wq"]],
+    [None],
+    {},
+    {"a": 1},
+    {1: 2},
+    datetime.date(2024, 1, 2),
+    Path("a/b"),
+    b"bytes",
+    (1, 2),
+    {1, 2},
+    1 + 2j,
+]  # noqa: E501
 DEEP: list = []
 for _ in range(500): DEEP = [DEEP]
 MINIMAL = dict(model_id_or_path="m", run_dir="r", data=dict(instruct_data="d.jsonl"))
@@ -22,7 +85,8 @@ MINIMAL = dict(model_id_or_path="m", run_dir="r", data=dict(instruct_data="d.jso
 def keys(cls: type = TrainArgs, prefix: str = "") -> list[str]:
     "Every setting by its dotted name"
     out = []
-    for f in fields(cls): out += keys(f.type, f"{prefix}{f.name}.") if is_dataclass(f.type) else [prefix + f.name]
+    for f in fields(cls):
+        out += keys(f.type, f"{prefix}{f.name}.") if is_dataclass(f.type) else [prefix + f.name]
     return out
 
 
@@ -59,14 +123,20 @@ def taken_as(args, name: str):
 
 
 TEXTS = {
-    "a key twice": ("seq_len: 8\nlora: {rank: 4}\nseq_len: 16\n", "seq_len stands twice, on line 1 and line 3"),
+    "a key twice": (
+        "seq_len: 8\nlora: {rank: 4}\nseq_len: 16\n",
+        "seq_len stands twice, on line 1 and line 3",
+    ),
     "a key twice in a block": ("lora:\n  rank: 4\n  rank: 8\n", "rank stands twice, on line 2 and line 3"),
     "a number of 5000 digits": ("seed: " + "9" * 5000 + "\n", "is not YAML"),
     "a date that is none": ("run_dir: 2024-13-45\n", "is not YAML"),
     "a date": ("run_dir: 2024-01-02\n", 'write run_dir: "2024-01-02", in quotes'),
     "base 60": ("run_dir: 12:30:45\n", "in quotes"),
     "an alias of itself": ("lora: &a\n  rank: *a\n", "lora.rank"),
-    "aliases of aliases": ("".join(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 10) if i else '1'}]\n" for i in range(9)), "there is no such setting"),
+    "aliases of aliases": (
+        "".join(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 10) if i else '1'}]\n" for i in range(9)),
+        "there is no such setting",
+    ),
     "python": ("run_dir: !!python/object/apply:os.system [ls]\n", "is not YAML"),
     "tabs": ("lora:\n\trank: 4\n", "is not YAML: line 2"),
     "a list": ("- a\n- b\n", "has no `key: value` lines"),
@@ -100,24 +170,42 @@ def test_paths_are_written_out(tmp_path, monkeypatch):
     (tmp_path / "shelf").mkdir()
     (tmp_path / "m").mkdir()
     (tmp_path / "shelf/a.jsonl").write_text("{}\n")
-    args = check_paths(load_args(dict(model_id_or_path="~/m", run_dir="$SHELF/run", data=dict(instruct_data="${SHELF}/a.jsonl:2", cache="~/cache"))))
-    assert (args.model_id_or_path, args.run_dir, args.data.cache) == (f"{tmp_path}/m", f"{tmp_path}/shelf/run", f"{tmp_path}/cache")
+    args = check_paths(
+        load_args(
+            dict(
+                model_id_or_path="~/m",
+                run_dir="$SHELF/run",
+                data=dict(instruct_data="${SHELF}/a.jsonl:2", cache="~/cache"),
+            )
+        )
+    )
+    assert (args.model_id_or_path, args.run_dir, args.data.cache) == (
+        f"{tmp_path}/m",
+        f"{tmp_path}/shelf/run",
+        f"{tmp_path}/cache",
+    )
 
 
 def test_paths_with_colons_and_commas(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a:2", "b,c.jsonl"): (tmp_path / name).write_text("{}\n")
-    with pytest.raises(ConfigError, match="a:2 is a path with a colon"): load_args(with_value("data.instruct_data", "a:2"))
+    with pytest.raises(ConfigError, match="a:2 is a path with a colon"):
+        load_args(with_value("data.instruct_data", "a:2"))
     (tmp_path / "m").mkdir()
-    with pytest.raises(ConfigError, match="is one path with a comma"): check_paths(load_args(with_value("data.instruct_data", "b,c.jsonl")))
+    with pytest.raises(ConfigError, match="is one path with a comma"):
+        check_paths(load_args(with_value("data.instruct_data", "b,c.jsonl")))
 
 
 def test_overlap(tmp_path):
     "A file and its folder are one source twice; evaluation rows that are trained are said"
     (tmp_path / "d").mkdir()
     (tmp_path / "d/a.jsonl").write_text("{}\n")
-    with pytest.raises(ConfigError, match="its rows would count twice"): check_overlap(load_args(with_value("data.instruct_data", f"{tmp_path}/d,{tmp_path}/d/a.jsonl:2")))
-    both = load_args(with_value("data.instruct_data", f"{tmp_path}/d"), data=dict(eval_instruct_data=f"{tmp_path}/d/a.jsonl"))
+    with pytest.raises(ConfigError, match="its rows would count twice"):
+        check_overlap(load_args(with_value("data.instruct_data", f"{tmp_path}/d,{tmp_path}/d/a.jsonl:2")))
+    both = load_args(
+        with_value("data.instruct_data", f"{tmp_path}/d"),
+        data=dict(eval_instruct_data=f"{tmp_path}/d/a.jsonl"),
+    )
     with pytest.warns(UserWarning, match="is trained on too"): check_overlap(both)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -125,6 +213,12 @@ def test_overlap(tmp_path):
 
 
 def test_secrets_in_addresses():
-    for uri in ("https://me:pw@host/", "https://host/?token=abc", "http://host/x?a=1&api_key=abc", "https://host/#secret=1"):
-        with pytest.raises(ConfigError, match="mlflow.tracking_uri: holds a password"): load_args(with_value("mlflow.tracking_uri", uri))
+    for uri in (
+        "https://me:pw@host/",
+        "https://host/?token=abc",
+        "http://host/x?a=1&api_key=abc",
+        "https://host/#secret=1",
+    ):
+        with pytest.raises(ConfigError, match="mlflow.tracking_uri: holds a password"):
+            load_args(with_value("mlflow.tracking_uri", uri))
     assert load_args(with_value("mlflow.tracking_uri", "https://host/?team=sea")).mlflow.tracking_uri

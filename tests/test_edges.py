@@ -21,20 +21,32 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def settings(demo, tmp_path):
-    return lambda name="run", **kw: demo_settings(demo, tmp_path / name, **(dict(max_steps=4, seq_len=64, ckpt_freq=2, log_freq=1, no_eval=True, threads=1) | kw))
+    return lambda name="run", **kw: demo_settings(
+        demo,
+        tmp_path / name,
+        **(dict(max_steps=4, seq_len=64, ckpt_freq=2, log_freq=1, no_eval=True, threads=1) | kw),
+    )
 
 
 def test_fewer_steps_than_done(settings):
     Trainer(settings()).fit()
-    with pytest.raises(ConfigError, match="max_steps: is 3, and 4 steps are done"): Trainer(settings(), max_steps=3, resume=True)
+    with pytest.raises(ConfigError, match="max_steps: is 3, and 4 steps are done"):
+        Trainer(settings(), max_steps=3, resume=True)
     assert not Trainer(settings(), resume=True).fit().records  # as many: there is nothing to do
 
 
 def test_extended(settings):
     "The jump of the learning rate is said, and a lower peak keeps it low"
     Trainer(settings()).fit()
-    with pytest.warns(UserWarning, match=r"max_steps is 40, and was 4: the learning rate goes on at .* optim.lr=") as said: longer = Trainer(settings(), max_steps=40, resume=True)
-    low = next(str(w.message) for w in said if "optim.lr=" in str(w.message)).split("optim.lr=")[1].split(",")[0]
+    with pytest.warns(
+        UserWarning, match=r"max_steps is 40, and was 4: the learning rate goes on at .* optim.lr="
+    ) as said:
+        longer = Trainer(settings(), max_steps=40, resume=True)
+    low = (
+        next(str(w.message) for w in said if "optim.lr=" in str(w.message))
+        .split("optim.lr=")[1]
+        .split(",")[0]
+    )
     jump = next(iter(longer.steps())).lr
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -49,9 +61,17 @@ def test_damaged_files_are_passed_over(settings):
     (run / "checkpoints/checkpoint_000004/training/sha256.json").write_text("[1]")
     with open(run / "metrics.train.jsonl", "a") as f: f.write('[1]\n{"loss": 3}\nnull\n')
     with pytest.warns(UserWarning) as said: again = Trainer(settings(), resume=True)
-    assert again.step == 2 and any("checkpoint_000004 is passed over: training/sha256.json is missing or damaged" in str(w.message) for w in said)
+    assert again.step == 2 and any(
+        "checkpoint_000004 is passed over: training/sha256.json is missing or damaged" in str(w.message)
+        for w in said
+    )
     with pytest.warns(UserWarning, match="is no record"): again.fit()
-    assert [json.loads(line)["step"] for line in (run / "metrics.train.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    assert [json.loads(line)["step"] for line in (run / "metrics.train.jsonl").read_text().splitlines()] == [
+        1,
+        2,
+        3,
+        4,
+    ]
 
 
 def test_run_dir_that_vanishes(settings):
@@ -61,8 +81,15 @@ def test_run_dir_that_vanishes(settings):
         for step in trainer.steps():
             if step.step == 1: shutil.rmtree(trainer.args.run_dir)
     run = Path(trainer.args.run_dir)
-    assert [json.loads(line)["step"] for line in (run / "metrics.train.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
-    assert (run / "checkpoints/checkpoint_000004/consolidated/lora.safetensors").exists() and (run / "args.yaml").exists()
+    assert [json.loads(line)["step"] for line in (run / "metrics.train.jsonl").read_text().splitlines()] == [
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert (run / "checkpoints/checkpoint_000004/consolidated/lora.safetensors").exists() and (
+        run / "args.yaml"
+    ).exists()
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027])
@@ -82,7 +109,10 @@ def test_model_folder_that_vanishes(demo, tmp_path):
     "A checkpoint needs nothing of it any more"
     model = tmp_path / "model"
     shutil.copytree(demo / "model", model)
-    trainer = Trainer(demo_settings(demo, tmp_path / "run", max_steps=2, seq_len=64, no_eval=True), model_id_or_path=str(model))
+    trainer = Trainer(
+        demo_settings(demo, tmp_path / "run", max_steps=2, seq_len=64, no_eval=True),
+        model_id_or_path=str(model),
+    )
     tokenizer = trainer.tokenizer.file.read_bytes()
     shutil.rmtree(model)
     folder = trainer.fit().checkpoint / "consolidated"
@@ -101,17 +131,30 @@ def test_equal_runs_are_equal_bytes(settings):
 
 def test_threads(settings, tmp_path, monkeypatch):
     "The container's share and the binding of the process say how many; a setting and the environment say otherwise"
-    for name, text, share in (("two", "200000 100000", 2), ("half", "50000 100000", 0.5), ("none", "max 100000", float("inf"))):
+    for name, text, share in (
+        ("two", "200000 100000", 2),
+        ("half", "50000 100000", 0.5),
+        ("none", "max 100000", float("inf")),
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "cpu.max").write_text(text)
         assert container_share(tmp_path / name) == share
     (tmp_path / "v1/cpu").mkdir(parents=True)
-    for name, value in (("quota", -1), ("period", 100000)): (tmp_path / f"v1/cpu/cpu.cfs_{name}_us").write_text(str(value))
-    assert container_share(tmp_path / "v1") == float("inf") and container_share(tmp_path / "nowhere") == float("inf") and 1 <= cores() <= os.cpu_count()
+    for name, value in (("quota", -1), ("period", 100000)):
+        (tmp_path / f"v1/cpu/cpu.cfs_{name}_us").write_text(str(value))
+    assert (
+        container_share(tmp_path / "v1") == float("inf")
+        and container_share(tmp_path / "nowhere") == float("inf")
+        and 1 <= cores() <= os.cpu_count()
+    )
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("mistral_nb.train.plan.cores", lambda: 1)
     torch.set_num_threads(2)
-    assert use_threads(None, "cpu") == 1 == torch.get_num_threads() and use_threads(2, "cpu") == 2 and use_threads(None, "cuda") is None
+    assert (
+        use_threads(None, "cpu") == 1 == torch.get_num_threads()
+        and use_threads(2, "cpu") == 2
+        and use_threads(None, "cuda") is None
+    )
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     torch.set_num_threads(2)
     assert use_threads(None, "cpu") == 2

@@ -22,7 +22,9 @@ def job(tmp_path):
     "The folder of a job that has ended, as launch leaves it"
     ranks = tmp_path / "launch/logs/1/attempt_0/0"
     ranks.mkdir(parents=True)
-    (tmp_path / "launch/job.json").write_text(json.dumps(dict(process=None, host=socket.gethostname(), max_steps=4, nproc_per_node=1, nnodes=1)))
+    (tmp_path / "launch/job.json").write_text(
+        json.dumps(dict(process=None, host=socket.gethostname(), max_steps=4, nproc_per_node=1, nnodes=1))
+    )
     (tmp_path / "launch/exit").write_text("1")
     return Run(tmp_path), ranks
 
@@ -33,8 +35,13 @@ def steered(text: str) -> list[str]: return [c for c in STEERS if c in text]
 def test_findings(tmp_path, capsys):
     "check --findings, and the line that names a file"
     file = tmp_path / f"evil{ORDERS.replace(chr(0), '')}.jsonl"
-    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], f"key{ORDERS}": 1}
-    file.write_text(json.dumps(row) + "\n" + json.dumps({"messages": [{"role": ORDERS, "content": "x"}]}) + "\n")
+    row = {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        f"key{ORDERS}": 1,
+    }
+    file.write_text(
+        json.dumps(row) + "\n" + json.dumps({"messages": [{"role": ORDERS, "content": "x"}]}) + "\n"
+    )
     cli.main(["check", str(file), "--findings"])
     cli.main(["show", str(tmp_path / f"none{ORDERS.replace(chr(0), '')}")])
     printed = capsys.readouterr()
@@ -72,9 +79,20 @@ def test_logs_of_half_a_gigabyte(job):
 def test_other_encodings(encoding, tmp_path, shell_env):
     "A stream that is not UTF-8 gets what it can show"
     file = tmp_path / "a.jsonl"
-    file.write_text(json.dumps({"messages": [{"role": "user", "content": "漢 😀"}, {"role": "assistant", "content": "ü"}]}, ensure_ascii=False) + "\n")
+    file.write_text(
+        json.dumps(
+            {"messages": [{"role": "user", "content": "漢 😀"}, {"role": "assistant", "content": "ü"}]},
+            ensure_ascii=False,
+        )
+        + "\n"
+    )
     for command in (["check", str(file)], ["show", str(file)], ["check", str(tmp_path / "漢.jsonl")]):
-        done = subprocess.run([sys.executable, "-m", "mistral_nb", *command], env={**shell_env, "PYTHONIOENCODING": encoding}, capture_output=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-m", "mistral_nb", *command],
+            env={**shell_env, "PYTHONIOENCODING": encoding},
+            capture_output=True,
+            timeout=60,
+        )
         assert b"Traceback" not in done.stderr + done.stdout and b"codec" not in done.stderr
         assert done.returncode == (0 if command[1] == str(file) else 1)
 
@@ -82,7 +100,11 @@ def test_other_encodings(encoding, tmp_path, shell_env):
 def test_fifo(tmp_path, capsys):
     "A pipe can be read once, and nobody may write to it: it is refused, not waited for"
     os.mkfifo(tmp_path / "a.jsonl")
-    for command in (["check", str(tmp_path / "a.jsonl")], ["convert", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], ["train", str(tmp_path / "a.jsonl")]):
+    for command in (
+        ["check", str(tmp_path / "a.jsonl")],
+        ["convert", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")],
+        ["train", str(tmp_path / "a.jsonl")],
+    ):
         began = time.monotonic()
         assert cli.main(command) == 1 and time.monotonic() - began < 5
         assert "is no file that can be read" in capsys.readouterr().err

@@ -13,8 +13,26 @@ from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOLS = ["nbdev>=2.4.14,<3", "execnb<0.2", "fastcore<2", "ghapi<3", "fastgit<0.2", "ipykernel", "nbclient", "pytest"]
-TESTS = ["test_data", "test_cases", "test_check", "test_parity", "test_config", "test_train", "test_ranks", "test_cli"]
+TOOLS = [
+    "nbdev>=2.4.14,<3",
+    "execnb<0.2",
+    "fastcore<2",
+    "ghapi<3",
+    "fastgit<0.2",
+    "ipykernel",
+    "nbclient",
+    "pytest",
+]
+TESTS = [
+    "test_data",
+    "test_cases",
+    "test_check",
+    "test_parity",
+    "test_config",
+    "test_train",
+    "test_ranks",
+    "test_cli",
+]
 
 
 def requirements() -> list[str]:
@@ -38,7 +56,9 @@ def pip(python: Path, *words: str) -> None:
 
 def main() -> int:
     "Install and test; the exit code of the tests"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("which", choices=("lowest", "newest"))
     parser.add_argument("--keep", type=Path, help="an environment to make, or to use again")
     parser.add_argument("--torch", help="another release of PyTorch than the lowest or newest")
@@ -48,7 +68,8 @@ def main() -> int:
         python = home / "bin/python"
         if not python.exists(): venv.create(home, with_pip=True)
         exact = [lowest(r) for r in requirements()] if options.which == "lowest" else []
-        if options.torch: exact = [e for e in exact if not e.startswith("torch=")] + [f"torch=={options.torch}"]
+        if options.torch:
+            exact = [e for e in exact if not e.startswith("torch=")] + [f"torch=={options.torch}"]
         (Path(d) / "exact.txt").write_text("\n".join(exact))
         eager = ["--upgrade-strategy", "eager"] if options.which == "newest" else []
         pip(python, "-U", *eager, "-c", f"{d}/exact.txt", "-e", str(ROOT), *TOOLS)

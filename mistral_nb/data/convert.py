@@ -25,19 +25,25 @@ from .schema import SETTINGS, SampleError, parse_row
 
 # %% ../../nbs/data/16_convert.ipynb #wanted
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-WANTED = ("label", "kto_tag", "desirable", "is_desirable", "accepted", "is_accepted", "chosen", "thumbs_up", "is_good")
+WANTED = (
+    "label", "kto_tag", "desirable", "is_desirable", "accepted", "is_accepted", "chosen", "thumbs_up",
+    "is_good",
+)
 UNWANTED = ("rejected", "is_rejected", "undesirable", "thumbs_down", "is_bad", "deleted", "excluded")
 
 
 def refuse_unwanted(row: Fields, is_text: bool) -> list[str]:
-    "`Refused` for a row that is marked as not wanted, or holds more than text; notes about marks that let it pass."
+    "Notes about marks that let a row pass; `Refused` if it is marked as not wanted, or holds more than text."
     for key in MEDIA:
         if row.thing.get(key): raise Refused(f"{key} holds more than text, and only text can be trained on")
     notes = []
     for keys, good in ((WANTED, 1), (UNWANTED, 0)):
         for key in [k for k in keys if k in row.thing]:
             value = row.thing[key]
-            if not (isinstance(value, bool) or not is_text and str(value).strip().lower() in ("true", "false")): continue
+            if not (
+                isinstance(value, bool) or not is_text and str(value).strip().lower() in ("true", "false")
+            ):
+                continue
             said = str(row.get(key)).strip().lower()
             if as_flag(value) != good: raise Refused(f"marked as not wanted: {key} is {said}")
             notes.append(f"column {key} lets the row pass: it is {said}")
@@ -51,7 +57,10 @@ def texts_in(value: Any) -> Iterator[str]:
         node = todo.pop()
         if isinstance(node, str): yield node
         elif isinstance(node, list): todo += node
-        elif isinstance(node, dict): todo += [v for k, v in node.items() if k not in ("role", "type", "id", "tool_call_id", "tools", "name")]
+        elif isinstance(node, dict):
+            todo += [
+                v for k, v in node.items() if k not in ("role", "type", "id", "tool_call_id", "tools", "name")
+            ]
 
 
 def odd_notes(row: dict) -> set[str]:
@@ -63,7 +72,7 @@ def odd_notes(row: dict) -> set[str]:
     return notes
 
 # %% ../../nbs/data/16_convert.ipynb #row
-PASSED = ("only_last", "reasoning_effort", "settings")  # what training reads of a row besides; the last two from v15 on
+PASSED = ("only_last", "reasoning_effort", "settings")  # what training also reads; the last two from v15 on
 
 
 def convert_row(
@@ -79,10 +88,15 @@ def convert_row(
     fields, form = Fields(named, "row", names), FORMATS[format]
     notes = [*getattr(row, "notes", ()), *refuse_unwanted(fields, format == "text")]
     if format != "preference" and FORMATS["preference"].fits(named): FORMATS["preference"].read(fields, None)
-    if not form.fits(named): raise Refused(f"not a row of {format} ({form.looks})", f"it has {one_line(', '.join(map(str, row)) or 'nothing', 60)}")
+    if not form.fits(named):
+        raise Refused(
+            f"not a row of {format} ({form.looks})",
+            f"it has {one_line(', '.join(map(str, row)) or 'nothing', 60)}",
+        )
     try: out, found = _converted(fields, form, Reading(CallIds(seed, [number, row]), version))
     except Refused: raise
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e: raise Refused(f"not a row of {format}", one_line(e, 60)) from None
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
+        raise Refused(f"not a row of {format}", one_line(e, 60)) from None
     return out, list(dict.fromkeys([*notes, *found, *fields.left(), *sorted(odd_notes(out))]))
 
 
@@ -99,7 +113,8 @@ def _converted(row: Fields, form: Any, how: Reading) -> tuple[dict, list[str]]:
         if m["role"] == "assistant" and weight is not None: m["weight"] = min(weight, m.get("weight", 1))
     if draft.tools: out["tools"] = draft.tools
     passed = PASSED if how.version is None or how.version >= 15 else PASSED[:1]
-    if not isinstance(row.thing.get("settings"), dict) or set(SETTINGS).isdisjoint(row.thing["settings"]): passed = passed[:2]  # somebody's notes
+    if not isinstance(row.thing.get("settings"), dict) or set(SETTINGS).isdisjoint(row.thing["settings"]):
+        passed = passed[:2]  # somebody's notes
     out |= {k: row.get(k) for k in passed if row.thing.get(k) is not None}
     if row.thing.get("available_tools") == []: out.setdefault("only_last", True)
     _try(out)
@@ -117,10 +132,14 @@ def _draft(row: Fields, form: Any, how: Reading) -> Draft | str:
 
 def _try(row: dict) -> None:
     "`Refused` if training would not take a row, whichever version it is for"
-    thinks = any(isinstance(m.get("content"), list) and any(p["type"] == "thinking" for p in m["content"]) for m in row["messages"])
+    thinks = any(
+        isinstance(m.get("content"), list) and any(p["type"] == "thinking" for p in m["content"])
+        for m in row["messages"]
+    )
     both = any(m.get("tool_calls") and m.get("content") for m in row["messages"])
     try: parse_row(row, version="v13" if thinks else "v7" if both else "v3")
-    except SampleError as e: raise Refused(f"training would refuse the row ({e.code})", f"{e.where.field}: {e.problem}") from None
+    except SampleError as e:
+        raise Refused(f"training would refuse the row ({e.code})", f"{e.where.field}: {e.problem}") from None
 
 # %% ../../nbs/data/16_convert.ipynb #result
 @dataclass(eq=False)
@@ -162,10 +181,15 @@ class Converted:
 
     def table(self, most: int = 20) -> Table:
         "Counts: rows in, converted, refused by reason, changed by what"
-        rows = [("rows", self.kept + len(self.refused)), ("converted", self.kept), ("refused", len(self.refused))]
+        rows = [
+            ("rows", self.kept + len(self.refused)),
+            ("converted", self.kept),
+            ("refused", len(self.refused)),
+        ]
         for name, counts in (("refused", self.reasons), ("note", Counter(self.notes))):
             rows += [(f"  {name}: {k}", n) for k, n in counts.most_common(most)]
-            if rest := counts.most_common()[most:]: rows.append((f"  {name}: {len(rest)} others", sum(n for _, n in rest)))
+            if rest := counts.most_common()[most:]:
+                rows.append((f"  {name}: {len(rest)} others", sum(n for _, n in rest)))
         return Table(["what", "rows"], rows, title=f"Converted from {self.format}", width=120)
 
     def __str__(self) -> str: return str(self.table())
@@ -176,18 +200,26 @@ class Converted:
 
 # %% ../../nbs/data/16_convert.ipynb #convert
 def convert(
-    source: Any,  # a DataFrame, a file or folder (jsonl, json, csv, parquet, txt; also .gz), an Arrow table, a list of dicts
+    source: Any,  # a DataFrame, an Arrow table, a list of dicts, a file of `READABLE` or a folder of them
     format: str | None = None,  # a key of `FORMATS`; guessed from the rows by default
-    to: str | Path | None = None,  # write the converted rows to this file of JSON lines; none is left if no row is kept
+    to: str | Path | None = None,  # write the rows to this file of JSON lines; none is left if no row is kept
     seed: int = 0,  # for the ids of calls
     overwrite: bool = False,
     version: str | int | None = None,  # of the tokenizer, such as v3 or v13
 ) -> Converted:
     "Every row converted, or refused with its reason; `UnknownFormat` if no row is of a known one."
     if hasattr(source, "__next__"): source = list(source)  # it is read twice
-    if to is not None and isinstance(source, str | Path) and Path(source).is_dir() and Path(source).resolve() in Path(to).resolve().parents:
-        raise ValueError(f"{to} stands in {source}, and would be read as data the next time: choose a place outside")
-    if to is not None and Path(to).exists() and not overwrite: raise FileExistsError(f"{to} is there already: choose another name, or overwrite=True")
+    if (
+        to is not None
+        and isinstance(source, str | Path)
+        and Path(source).is_dir()
+        and Path(source).resolve() in Path(to).resolve().parents
+    ):
+        raise ValueError(
+            f"{to} stands in {source}, and would be read as data the next time: choose a place outside"
+        )
+    if to is not None and Path(to).exists() and not overwrite:
+        raise FileExistsError(f"{to} is there already: choose another name, or overwrite=True")
     if format is None: format = guess_format(source).name
     if format not in FORMATS: raise ValueError(f"there is no format {format!r}: one of {', '.join(READ)}")
     out, notes, stream = Converted(format, [], [], {}), Counter(), read_rows(source)
@@ -205,7 +237,9 @@ def kept_rows(stream: Rows, out: Converted, notes: Counter, seed: int, version: 
     "The converted rows of a stream; `out` and `notes` count on the way."
     for number, (where, row) in enumerate(stream):
         try:
-            if isinstance(row, SampleError): raise Refused("the text is not UTF-8" if row.code == "encoding" else "it cannot be read", row.problem)
+            if isinstance(row, SampleError):
+                what = "the text is not UTF-8" if row.code == "encoding" else "it cannot be read"
+                raise Refused(what, row.problem)
             found, changed = convert_row(row, out.format, seed, number, version)
         except Refused as e: out.refuse(where, number, row, e)
         else:
@@ -215,20 +249,24 @@ def kept_rows(stream: Rows, out: Converted, notes: Counter, seed: int, version: 
 
 # %% ../../nbs/data/16_convert.ipynb #beside
 def refused_file(to: str | Path) -> Path:
-    "Where the refused rows of a conversion to `to` go; `FileExistsError` if a file of somebody else stands there."
+    "Where the rows that are refused on the way to `to` go; `FileExistsError` if another file stands there."
     path = Path(f"{to}.refused")
-    if path.exists() and not _is_ours(path): raise FileExistsError(f"{path} is there and holds no refused rows: move it, or choose another name for the rows")
+    if path.exists() and not _is_ours(path):
+        raise FileExistsError(
+            f"{path} is there and holds no refused rows: move it, or choose another name for the rows"
+        )
     return path
 
 
 def _is_ours(path: Path) -> bool:
     try:
-        with open(path, encoding="utf-8") as f: return json.loads(f.readline()).keys() == {"file", "line", "reason", "row"}
+        with open(path, encoding="utf-8") as f:
+            return json.loads(f.readline()).keys() == {"file", "line", "reason", "row"}
     except (OSError, ValueError, AttributeError): return False
 
 
 def write_refused(done: Converted, to: str | Path) -> Path | None:
-    "Write the refused rows beside `to`, or remove those of an earlier conversion; returns the file if there is one."
+    "Write the refused rows beside `to`, or remove those of an earlier time; returns the file if there is one."
     path = refused_file(to)
     if done.refused: write_rows(done.refused, path, overwrite=True)
     else: path.unlink(missing_ok=True)
@@ -236,7 +274,7 @@ def write_refused(done: Converted, to: str | Path) -> Path | None:
 
 # %% ../../nbs/data/16_convert.ipynb #reformat
 def reformat(row: dict, kind: str, new_id: Callable[[], str]) -> dict | None:
-    "The row as mistral-finetune's script for `ultrachat` or `glaive` writes it; None where it skips or breaks."
+    "The row as mistral-finetune's script for `ultrachat` or `glaive` writes it; None where that skips it."
     try: return (_reformat_glaive(row, new_id) if kind == "glaive" else _reformat_chat(row))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError): return None
 
@@ -247,7 +285,8 @@ def _reformat_chat(row: dict) -> dict | None:
     keep = len(messages)
     while keep and messages[keep - 1]["role"] == "user": keep -= 1
     tools = {"tools": [{"function": f} for f in row["functions"]]} if "functions" in row else {}
-    return {**{k: v for k, v in row.items() if k != "functions"}, "messages": messages[:keep], **tools} if keep else None
+    if not keep: return None
+    return {**{k: v for k, v in row.items() if k != "functions"}, "messages": messages[:keep], **tools}
 
 
 def _reformat_calls(text: str) -> list[dict]:
@@ -255,7 +294,10 @@ def _reformat_calls(text: str) -> list[dict]:
     except json.JSONDecodeError:
         value = ast.literal_eval(text)
         value["arguments"] = json.loads(value["arguments"])
-    return [{"name": c["name"], "arguments": str(c.get("arguments", ""))} for c in (value if isinstance(value, list) else [value])]
+    return [
+        {"name": c["name"], "arguments": str(c.get("arguments", ""))}
+        for c in (value if isinstance(value, list) else [value])
+    ]
 
 
 def _reformat_tool(f: dict) -> dict:
@@ -265,7 +307,8 @@ def _reformat_tool(f: dict) -> dict:
 
 def _reformat_glaive(row: dict, new_id: Callable[[], str]) -> dict | None:
     text, out = row["function_description"], []
-    found = json.loads("[" + text.replace("\n\n", ",") + "]" if "\n\n" in text else text) if text not in ("", "{}") else []
+    if "\n\n" in text: text = "[" + text.replace("\n\n", ",") + "]"
+    found = json.loads(text) if text not in ("", "{}") else []
     tools = [_reformat_tool(f) for f in (found if isinstance(found, list) else [found])]
     for who, value in [(m["from"], m["value"]) for m in row["conversations"]]:
         if who == "system": out.append({"role": "system", "content": value.split(" - ")[0]})

@@ -64,7 +64,7 @@ LARGEST = 5_000_000  # characters that are tried as a Python literal, which take
 
 
 def loose(text: str, twice: list[str] | None = None) -> Any:
-    "What a JSON text, a Python literal, or JSON with its arguments in single quotes says; `ValueError` for others."
+    "What JSON, a Python literal, or JSON with its arguments in single quotes says; `ValueError` for others."
     twice = [] if twice is None else twice  # gets the keys that one object has twice
     for read in (_json, _json_with_commas, _python, _single_quoted):
         try: return read(text, twice)
@@ -88,7 +88,9 @@ def _python(text: str, twice: list[str]) -> Any:
     value = ast.literal_eval(text.strip())
     json.dumps(value)  # sets, bytes and the like are no data
     for node in ast.walk(ast.parse(text.strip(), mode="eval")):
-        if isinstance(node, ast.Dict): twice += [k for k, n in Counter(c.value for c in node.keys if isinstance(c, ast.Constant)).items() if n > 1]
+        if isinstance(node, ast.Dict):
+            counts = Counter(c.value for c in node.keys if isinstance(c, ast.Constant))
+            twice += [key for key, n in counts.items() if n > 1]
     return value
 
 
@@ -111,7 +113,8 @@ def open_text(path: Path, newline: str | None = "\n") -> Iterable[str]:
     raw: Any = gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")
     start = raw.peek(64)[:64]
     codec = next((name for mark, name in MARKS if start.startswith(mark)), "utf-8")
-    if codec == "utf-8" and start.count(0) > len(start) // 3: raise ValueError("it looks like UTF-16 without a byte order mark: save it as UTF-8")
+    if codec == "utf-8" and start.count(0) > len(start) // 3:
+        raise ValueError("it looks like UTF-16 without a byte order mark: save it as UTF-8")
     return io.TextIOWrapper(raw, encoding=codec, errors="surrogateescape", newline=newline)
 
 
@@ -158,7 +161,7 @@ _GAP = re.compile(r"[,\s]*")
 
 
 def read_values(text: str) -> list[tuple[Any, tuple[str, ...]]]:
-    "`(value, keys that stand twice)` of each value in a text of JSON or a Python literal; `ValueError` for others."
+    "`(value, keys that stand twice)` of each value in JSON or a Python literal; `ValueError` for others."
     try: found = [parse_json(text)]
     except ValueError as e:
         error = e
@@ -196,20 +199,27 @@ def json_error(error: Exception, where: Where) -> SampleError:
     "Why a text at `where` is no JSON, as an error with its place."
     if isinstance(error, RecursionError): return SampleError(where, "it is nested too deeply", "", "json")
     if isinstance(error, json.JSONDecodeError):
-        place = f"character {error.colno}" + (f" of line {where.line + error.lineno - 1}" if error.lineno > 1 else "")
-        return SampleError(where, f"not JSON at {place}: {error.msg}", "one object in double quotes a line", "json")
-    return SampleError(where, f"not JSON: {one_line(error, 80)}", "one object in double quotes a line", "json")
+        place = f"character {error.colno}"
+        if error.lineno > 1: place += f" of line {where.line + error.lineno - 1}"
+        why = f"not JSON at {place}: {error.msg}"
+    else: why = f"not JSON: {one_line(error, 80)}"
+    return SampleError(where, why, "one object in double quotes a line", "json")
 
 # %% ../../nbs/data/11_files.ipynb #conversation
 SPEAKERS = ("role", "from", "is_user", "author")
-NO_MESSAGE = {"messages", "conversations", "conversation", "interactions", "instruction", "question", "prompt", "output", "answer", "response",
-              "completion", "conversation_id", "message_id", "parent_id", "thread_id", "session_id", "message_tree_id"}  # keys of rows
+NO_MESSAGE = {
+    "messages", "conversations", "conversation", "interactions", "instruction", "question", "prompt",
+    "output", "answer", "response", "completion", "conversation_id", "message_id", "parent_id",
+    "thread_id", "session_id", "message_tree_id",
+}  # keys of rows
 
 
 def is_conversation(value: Any) -> bool:
     "Whether a value is a list of messages, and not of rows that each have a speaker."
     if not isinstance(value, list) or not value: return False
-    return all(isinstance(m, dict) and any(k in m for k in SPEAKERS) and NO_MESSAGE.isdisjoint(m) for m in value)
+    return all(
+        isinstance(m, dict) and any(k in m for k in SPEAKERS) and NO_MESSAGE.isdisjoint(m) for m in value
+    )
 
 
 def rows_of(value: Any) -> list:
@@ -222,9 +232,15 @@ def rows_of(value: Any) -> list:
     return [row for item in value for row in (rows_of(item) if isinstance(item, list | str) else [item])]
 
 # %% ../../nbs/data/11_files.ipynb #document
-TRAIN_KEYS, EVAL_KEYS = ("train", "training"), ("test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
+TRAIN_KEYS, EVAL_KEYS = (
+    ("train", "training"),
+    ("test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"),
+)
 ROWS_KEYS = ("data", "rows", "examples", "dataset", "items", "samples", "records", "entries")
-NESTED = ("messages", "conversations", "conversation", "interactions", "tools", "functions", "available_tools", "tool_calls")
+NESTED = (
+    "messages", "conversations", "conversation", "interactions", "tools", "functions", "available_tools",
+    "tool_calls",
+)
 
 
 def rows_of_document(value: Any, notes: Counter) -> list:
@@ -233,19 +249,26 @@ def rows_of_document(value: Any, notes: Counter) -> list:
     if found := by_columns(value):
         notes["the file is by columns: read as rows"] += 1
         return found
-    lists = {k: v for k, v in value.items() if isinstance(v, list) and (not v or isinstance(v[0], dict | list))}
+    lists = {
+        k: v for k, v in value.items() if isinstance(v, list) and (not v or isinstance(v[0], dict | list))
+    }
     named = [k for k in lists if k.lower() in TRAIN_KEYS] or [k for k in lists if k.lower() in ROWS_KEYS]
-    if not named and len(lists) == len(value) == 1 and next(iter(lists)).lower() in EVAL_KEYS: named = list(lists)
+    if not named and len(lists) == len(value) == 1 and next(iter(lists)).lower() in EVAL_KEYS:
+        named = list(lists)
     if len(named) != 1: return [value]
     for key, other in value.items():
-        if key in lists and key != named[0]: notes[f"{len(other):,} rows under {key!r} left out: the rows of {named[0]!r} are read"] += 1
+        if key in lists and key != named[0]:
+            notes[f"{len(other):,} rows under {key!r} left out: the rows of {named[0]!r} are read"] += 1
         elif key != named[0]: notes[f"{key!r}, beside the rows in {named[0]!r}, left out"] += 1
     return _from_server(rows_of(value[named[0]]), notes)
 
 
 def _from_server(rows: list, notes: Counter) -> list:
     "Rows that a server wrapped as `{row_idx, row}`"
-    if not rows or not all(isinstance(r, dict) and isinstance(r.get("row"), dict) and "row_idx" in r for r in rows): return rows
+    if not rows or not all(
+        isinstance(r, dict) and isinstance(r.get("row"), dict) and "row_idx" in r for r in rows
+    ):
+        return rows
     for key in {k for r in rows for k in r} - {"row"}: notes[f"{key} of each row's wrapper left out"] += 1
     return [r["row"] for r in rows]
 
@@ -254,9 +277,15 @@ def by_columns(value: dict) -> list[dict] | None:
     "The rows of a table by columns, or by its index, as pandas writes one; None for anything else."
     if {"columns", "data"} <= value.keys() <= {"columns", "index", "data"}: return _split_table(**value)
     columns = list(value.values())
-    if len(columns) > 1 and all(map(str.isdigit, value)) and all(isinstance(c, dict) and not any(map(str.isdigit, c)) for c in columns): return columns
+    if (
+        len(columns) > 1
+        and all(map(str.isdigit, value))
+        and all(isinstance(c, dict) and not any(map(str.isdigit, c)) for c in columns)
+    ):
+        return columns
     if not columns: return None
-    if all(isinstance(c, dict) and c and c.keys() == columns[0].keys() for c in columns) and all(map(str.isdigit, columns[0])):
+    by_index = all(isinstance(c, dict) and c and c.keys() == columns[0].keys() for c in columns)
+    if by_index and all(map(str.isdigit, columns[0])):
         return [{k: c[i] for k, c in value.items()} for i in columns[0]]
     if not all(isinstance(c, list) and c and len(c) == len(columns[0]) for c in columns): return None
     if not all(_is_column(k, c) for k, c in value.items()): return None
@@ -272,10 +301,17 @@ def _is_column(name: str, values: list) -> bool:
 def _split_table(columns: Any, data: Any, index: Any = None) -> list[dict] | None:
     "The rows of a table that keeps its columns' names apart"
     named = isinstance(columns, list) and all(isinstance(c, str) for c in columns)
-    if not named or not isinstance(data, list) or not all(isinstance(r, list) and len(r) == len(columns) for r in data): return None
-    if twice := [c for c, n in Counter(columns).items() if n > 1]: raise ValueError(f"two columns are named {twice[0]!r}: rename one of them")
+    if (
+        not named
+        or not isinstance(data, list)
+        or not all(isinstance(r, list) and len(r) == len(columns) for r in data)
+    ):
+        return None
+    if twice := [c for c, n in Counter(columns).items() if n > 1]:
+        raise ValueError(f"two columns are named {twice[0]!r}: rename one of them")
     rows = [dict(zip(columns, cells)) for cells in data]
-    if isinstance(index, list) and len(index) == len(rows) and index != list(range(len(rows))): rows = [{"index": i, **r} for i, r in zip(index, rows)]
+    if isinstance(index, list) and len(index) == len(rows) and index != list(range(len(rows))):
+        rows = [{"index": i, **r} for i, r in zip(index, rows)]
     return rows
 
 # %% ../../nbs/data/11_files.ipynb #csv-header
@@ -291,12 +327,15 @@ def find_separator(header: str, usual: str) -> str:
 def quoted_throughout(path: Path, separator: str) -> bool:
     "Whether every record of a file with quotes is well formed, and has as many cells as the header."
     try:
-        with open_text(path, newline="") as f: widths = {len(c) for c in csv.reader(f, delimiter=separator, strict=True) if c}
+        with open_text(path, newline="") as f:
+            widths = {len(c) for c in csv.reader(f, delimiter=separator, strict=True) if c}
     except csv.Error: return False
     return len(widths) == 1
 
 # %% ../../nbs/data/11_files.ipynb #csv-records
-def csv_records(path: Path, separator: str, quotes: bool, skip_spaces: bool = False) -> Iterator[tuple[int, list[str] | str]]:
+def csv_records(
+    path: Path, separator: str, quotes: bool, skip_spaces: bool = False
+) -> Iterator[tuple[int, list[str] | str]]:
     "`(line, cells)` for each record, or `(line, what is wrong)`."
     csv.field_size_limit(1 << 30)
     with open_text(path, newline="") as f:
@@ -316,7 +355,8 @@ def csv_records(path: Path, separator: str, quotes: bool, skip_spaces: bool = Fa
 def _swallowed(first: int, last: int) -> Iterator[tuple[int, str]]:
     "An error for every line from an open quote to the end of the file"
     yield first, "a quote opens in this row and is never closed"
-    for n in range(first + 1, last + 1): yield n, f"it stands behind the quote that line {first} opens and never closes"
+    for n in range(first + 1, last + 1):
+        yield n, f"it stands behind the quote that line {first} opens and never closes"
 
 # %% ../../nbs/data/11_files.ipynb #csv
 def read_csv(path: Path, usual: str, notes: Counter) -> Iterator[tuple[Where, Any]]:
@@ -333,7 +373,9 @@ def read_csv(path: Path, usual: str, notes: Counter) -> Iterator[tuple[Where, An
     records = csv_records(path, separator, quotes, skip_spaces=f"{separator} " in first)
     if told: next(records, None)
     line, header = next(records, (1, []))
-    if isinstance(header, str): yield Where(name, line), SampleError(Where(name, line), header, code="json"); return
+    if isinstance(header, str):
+        yield Where(name, line), SampleError(Where(name, line), header, code="json")
+        return
     spaced = any(c != c.strip() for c in header) or f"{separator} " in first
     if spaced: notes["spaces around the cells left out"] += 1
     header = [c.strip() for c in header]
@@ -341,17 +383,20 @@ def read_csv(path: Path, usual: str, notes: Counter) -> Iterator[tuple[Where, An
         yield Where(name, line), error
         return
     if twice := [c for c, n in Counter(header).items() if n > 1]:
-        yield Where(name, line), SampleError(Where(name, line), f"two columns are named {twice[0]!r}", "rename one of them", "json")
+        where = Where(name, line)
+        yield where, SampleError(where, f"two columns are named {twice[0]!r}", "rename one of them", "json")
         return
     for line, cells in records:
         where = Where(name, line)
-        if isinstance(cells, str): yield where, SampleError(where, cells, "write a quote inside a cell twice, in quotes", "json")
+        if isinstance(cells, str):
+            yield where, SampleError(where, cells, "write a quote inside a cell twice, in quotes", "json")
         else: yield where, _csv_row(header, [c.strip() for c in cells] if spaced else cells, where)
 
 
 def _csv_row(header: list[str], cells: list[str], where: Where) -> dict | SampleError:
     if more := len(cells) - len(header) if len(cells) > len(header) else 0:
-        return SampleError(where, f"the row has {more} more cells than the header", "quote cells that hold the separator", "json")
+        what = f"the row has {more} more cells than the header"
+        return SampleError(where, what, "quote cells that hold the separator", "json")
     if error := not_utf8("".join(cells), where): return error
     return {name: cell or None for name, cell in zip(header, [*cells, *[None] * (len(header) - len(cells))])}
 
@@ -370,7 +415,12 @@ def read_json_lines(path: Path) -> Iterator[tuple[Where, Any]]:
 def rows_of_text(text: str, where: Where) -> Iterator[tuple[Where, Any]]:
     "The rows in a text of JSON; where several lines make no value together, each line is tried alone."
     if text.strip(" \t\r\n,") in ("[", "]"): return  # of a list that is broken elsewhere
-    try: found = [with_notes(row, twice) for value, twice in read_values(text) for row in rows_of(value) or [json_error(ValueError("an empty list"), where)]]
+    try:
+        found = [
+            with_notes(row, twice)
+            for value, twice in read_values(text)
+            for row in rows_of(value) or [json_error(ValueError("an empty list"), where)]
+        ]
     except (ValueError, RecursionError) as e:
         lines = text.splitlines(keepends=True)
         if len(lines) == 1: yield where, json_error(e, where)
@@ -392,8 +442,10 @@ def read_json(path: Path, notes: Counter) -> Iterator[tuple[Where, Any]]:
         yield from read_json_lines(path)
         return
     rows = rows_of_document(value, notes)
-    for n, row in enumerate(rows): yield Where(str(path), 0, f"[{n}]"), with_notes(row, twice if len(rows) == 1 else ())
-    if twice and len(rows) > 1: notes[f"{', '.join(twice)} stands twice in an object: the last one counts"] += 1
+    for n, row in enumerate(rows):
+        yield Where(str(path), 0, f"[{n}]"), with_notes(row, twice if len(rows) == 1 else ())
+    if twice and len(rows) > 1:
+        notes[f"{', '.join(twice)} stands twice in an object: the last one counts"] += 1
 
 # %% ../../nbs/data/11_files.ipynb #read-other
 def read_parquet(path: Path) -> Iterator[tuple[Where, Any]]:
@@ -427,7 +479,7 @@ def read_text(path: Path, notes: Counter) -> Iterator[tuple[Where, Any]]:
 # %% ../../nbs/data/11_files.ipynb #read-file
 TEXTS = (".txt", ".md")
 READABLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", *TEXTS)
-DAMAGE = (OSError, EOFError, ValueError, TypeError, zlib.error, csv.Error, RecursionError)  # pyarrow's errors are ValueErrors or OSErrors
+DAMAGE = (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error, csv.Error)  # also pyarrow's
 
 
 def kind_of_file(path: Path) -> str:
@@ -439,8 +491,12 @@ def kind_of_file(path: Path) -> str:
 def read_file(path: Path, notes: Counter) -> Iterator[tuple[Where, Any]]:
     "`(place, row)` of everything in a file; what cannot be read stands in its place as a `SampleError`."
     kind, last = kind_of_file(path), Where(str(path))
-    if kind not in READABLE: raise ValueError(f"{path} cannot be read as rows: give one of {', '.join(READABLE)}, or the same with .gz")
-    if not path.is_file(): raise ValueError(f"{path} is no file that can be read twice: save what comes from it")
+    if kind not in READABLE:
+        raise ValueError(
+            f"{path} cannot be read as rows: give one of {', '.join(READABLE)}, or the same with .gz"
+        )
+    if not path.is_file():
+        raise ValueError(f"{path} is no file that can be read twice: save what comes from it")
     readers = {".json": read_json, ".txt": read_text, ".md": read_text}
     try:
         if kind in readers: found = readers[kind](path, notes)
@@ -453,11 +509,14 @@ def read_file(path: Path, notes: Counter) -> Iterator[tuple[Where, Any]]:
 
 # %% ../../nbs/data/11_files.ipynb #folder
 _SPLIT = re.compile(
-    r"(?:^|[^a-z])(?:(?P<train>train(?:ing)?)|test(?:ing|s)?|val(?:id(?:ation)?)?|dev|eval(?:uation)?|h[eo]ld[-_ ]?out)(?:set)?(?:[^a-z]|$)", re.I)
+    r"(?:^|[^a-z])(?:(?P<train>train(?:ing)?)|test(?:ing|s)?|val(?:id(?:ation)?)?|dev|eval(?:uation)?"
+    r"|h[eo]ld[-_ ]?out)(?:set)?(?:[^a-z]|$)",
+    re.I,
+)
 
 
 def part_of(path: Path, folder: Path) -> str:
-    "`train`, `eval` or nothing: what the name of a file in `folder`, or of a folder on the way to it, says it is for."
+    "`train`, `eval` or nothing: what a file in `folder` is for, by its name or that of a folder on the way."
     for name in reversed(path.relative_to(folder).parts):
         if found := _SPLIT.search(name): return "train" if found["train"] else "eval"
     return ""
@@ -471,8 +530,14 @@ def files_in(folder: Path, notes: Counter) -> list[Path]:
     parts = {p: part_of(p, folder) for p in readable}
     chosen = [p for p in readable if parts[p] != "eval"] or readable
     links = [p for p in folder.rglob("*") if p.is_symlink() and p.is_dir()]
-    left = {"behind links to folders": links, "hidden or README": [p for p in every if p not in data], "of other kinds": [p for p in data if p not in readable],
-            "not for training by their names": [p for p in readable if p not in chosen]}
+    left = {
+        "behind links to folders": links,
+        "hidden or README": [p for p in every if p not in data],
+        "of other kinds": [p for p in data if p not in readable],
+        "not for training by their names": [p for p in readable if p not in chosen],
+    }
     for why, files in left.items():
-        if files: notes[f"files {why} left out: {', '.join(p.name for p in files[:3])}{', …' if len(files) > 3 else ''}"] += len(files)
+        if files:
+            names = ", ".join(p.name for p in files[:3]) + (", …" if len(files) > 3 else "")
+            notes[f"files {why} left out: {names}"] += len(files)
     return chosen

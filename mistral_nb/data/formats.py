@@ -44,7 +44,8 @@ def system_of(row: Fields, notes: list[str]) -> list[dict]:
     "The system prompt of a row that has it apart from its messages."
     said = row.first("system_prompt", "system")
     if said is None: return []
-    return [{"role": "system", "content": message_of({"role": "system", "content": said}, Reading(None), [], notes)["content"]}]
+    found = message_of({"role": "system", "content": said}, Reading(None), [], notes)
+    return [{"role": "system", "content": found["content"]}]
 
 
 def from_chat(row: Fields, how: Reading) -> Draft:
@@ -53,7 +54,8 @@ def from_chat(row: Fields, how: Reading) -> Draft:
     said = messages_in(row.first(*(k for k in CHAT_KEYS if row.thing.get(k) is not None)))
     tools = tools_of(row.first(*TOOL_KEYS), notes)
     for m in said:
-        if isinstance(m, dict) and m.get("role") in ("system", "developer"): tools += tools_of(m.get("tools") or m.get("functions"), notes)
+        if isinstance(m, dict) and m.get("role") in ("system", "developer"):
+            tools += tools_of(m.get("tools") or m.get("functions"), notes)
     draft, open_calls = Draft(system_of(row, notes), tools, notes), None
     for m in said:
         try: found = message_of(m, how, tools, notes)
@@ -61,8 +63,12 @@ def from_chat(row: Fields, how: Reading) -> Draft:
             if "call" in e.what and draft.messages: raise Unreadable(draft, e) from None
             raise
         if found is None: continue
-        is_call = isinstance(m, dict) and any(isinstance(m.get(k), str) and ROLE.get(m[k].lower().replace("-", "_")) == "call" for k in ("role", "from"))
-        if is_call and open_calls: open_calls["tool_calls"] += found["tool_calls"]  # calls that were made at once, a message each
+        is_call = isinstance(m, dict) and any(
+            isinstance(m.get(k), str) and ROLE.get(m[k].lower().replace("-", "_")) == "call"
+            for k in ("role", "from")
+        )
+        if is_call and open_calls:
+            open_calls["tool_calls"] += found["tool_calls"]  # calls that were made at once, a message each
         else: draft.messages.append(found)
         open_calls = (open_calls or found) if is_call else None
     return draft
@@ -71,7 +77,9 @@ def from_chat(row: Fields, how: Reading) -> Draft:
 def from_glaive(row: Fields, how: Reading) -> Draft:
     "Glaive function calling: functions as JSON texts parted by blank lines; calls in almost JSON."
     talk = row.get("conversations")
-    heard = [m for m in talk if not (isinstance(m, dict) and m.get("from") == "system" and m.get("value") == "")]
+    heard = [
+        m for m in talk if not (isinstance(m, dict) and m.get("from") == "system" and m.get("value") == "")
+    ]
     known = [m for m in heard if not _is_other(m)]
     text = row.get("function_description")
     notes = ["other speakers left out"] if len(known) < len(heard) else []
@@ -82,18 +90,25 @@ def from_glaive(row: Fields, how: Reading) -> Draft:
     else: unreadable = None
     draft.tools, draft.notes = tools, notes + draft.notes
     if draft.messages and draft.messages[0]["role"] == "system":
-        draft.messages[0]["content"] = re.split(r" -\s*(?=[{\[])", draft.messages[0]["content"])[0]  # the rest repeats the functions
+        first = draft.messages[0]
+        first["content"] = re.split(r" -\s*(?=[{\[])", first["content"])[0]  # the rest repeats the functions
     if unreadable: raise unreadable
     return draft
 
 
 def _is_other(m: Any) -> bool:
     "Whether a speaker is none of Glaive's"
-    known = ("system", "human", "gpt", "function-call", "function_call", "tool_call", "function-response", "function_response", "tool_response")
+    known = (
+        "system", "human", "gpt", "function-call", "function_call", "tool_call", "function-response",
+        "function_response", "tool_response",
+    )
     return isinstance(m, dict) and "from" in m and m["from"] not in known
 
 # %% ../../nbs/data/15_formats.ipynb #pairs
-QUESTION_KEYS = ("context", "passage", "instruction", "prompt", "question", "query", "problem", "user", "human", "input")
+QUESTION_KEYS = (
+    "context", "passage", "instruction", "prompt", "question", "query", "problem", "user", "human",
+    "input",
+)
 ANSWER_KEYS = ("completion", "response", "answer", "output", "reply", "solution", "assistant")
 ALONE = ("context", "passage")  # no question by themselves
 ASKED = ("prompt", "question", "query", "problem", "user", "human")  # the question itself: one of these
@@ -125,7 +140,8 @@ def options_of(row: Fields, notes: list[str]) -> list[str]:
     try: found = from_json(found, "the options") if isinstance(found, str) and found[:1] in "[{" else found
     except Refused: return []
     if isinstance(found, list): found = {_letter(i): v for i, v in enumerate(found)}
-    if not isinstance(found, dict) or not found or not all(isinstance(v, str) for v in found.values()): return []
+    if not isinstance(found, dict) or not found or not all(isinstance(v, str) for v in found.values()):
+        return []
     row.first("options", "choices")
     notes.append("options written below the question")
     return ["\n".join(f"{k}. {v}" for k, v in found.items())]
@@ -138,17 +154,22 @@ def from_pairs(row: Fields, how: Reading) -> Draft:
     "A question and an answer, also with a system prompt and a `history` of earlier pairs."
     notes: list[str] = []
     past = from_json(row.get("history"), "the history") or []
-    if not isinstance(past, list) or not all(isinstance(p, list) and len(p) == 2 for p in past): raise Refused("the history is not a list of pairs")
+    if not isinstance(past, list) or not all(isinstance(p, list) and len(p) == 2 for p in past):
+        raise Refused("the history is not a list of pairs")
     answer = row.first(*ANSWER_KEYS)
     options = row.thing.get("options") or row.thing.get("choices")
     if type(answer) is int and isinstance(options, list) and 0 <= answer < len(options):
         notes.append("the number of an option, counted from 0, written as its letter")
         answer = _letter(answer)
-    if isinstance(answer, int | float) and not isinstance(answer, bool): notes.append("a number as answer written as text")
-    turns = [(text_of(q), text_of(a)) for q, a in past] + [(question_of(row, notes), text_of(answer, "the answer"))]
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        notes.append("a number as answer written as text")
+    turns = [(text_of(q), text_of(a)) for q, a in past]
+    turns.append((question_of(row, notes), text_of(answer, "the answer")))
     if not turns[-1][0].strip(): raise Refused("the question is empty")
     if not turns[-1][1].strip(): raise Refused("the answer is empty")
-    chat = [m for q, a in turns for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
+    chat = [
+        m for q, a in turns for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})
+    ]
     chat[-1] = message_of({"role": "assistant", "content": chat[-1]["content"]}, how, [], notes)
     return Draft([*system_of(row, notes), *chat], tools_of(row.first(*TOOL_KEYS), notes), notes)
 
@@ -169,18 +190,28 @@ def from_markup(row: Fields, how: Reading) -> Draft:
     markup = chat_markup(text)
     if markup is None: return Draft(_inst_turns(text))
     notes = [f"read from {markup.name} markup"]
-    said = [message_of({"role": role, "content": content}, how, [], notes) for role, content in read_chat(text, markup)]
+    said = [
+        message_of({"role": role, "content": content}, how, [], notes)
+        for role, content in read_chat(text, markup)
+    ]
     return Draft(said, [], notes)
 
 
 def _inst_turns(text: str) -> list[dict]:
     "The messages of a text in Mistral's markup, also with `<<SYS>>`"
     before, *turns = text.split("[INST]")
-    if rest := trimmed(before): raise Refused("the text has Mistral's markup that cannot be read", f"{one_line(rest, 40)!r} before [INST]")
+    if rest := trimmed(before):
+        raise Refused(
+            "the text has Mistral's markup that cannot be read", f"{one_line(rest, 40)!r} before [INST]"
+        )
     out: list[dict] = []
     for turn in turns:
         question, *answers = turn.split("[/INST]")
-        if len(answers) != 1: raise Refused("the text has Mistral's markup that cannot be read", f"{len(answers)} times [/INST] behind [INST]")
+        if len(answers) != 1:
+            raise Refused(
+                "the text has Mistral's markup that cannot be read",
+                f"{len(answers)} times [/INST] behind [INST]",
+            )
         question, answer = question.strip(), trimmed(answers[0])
         if not out and (system := _SYS.match(question)):
             out.append({"role": "system", "content": system[1].strip()})
@@ -193,15 +224,21 @@ def from_text(row: Fields, how: Reading) -> str:
     "Plain text, under a title if there is one."
     body = row.first(*TEXT_KEYS)
     if not isinstance(body, str) or not body.strip(): raise Refused("the text is empty")
-    if markup := chat_markup(body): raise Refused(f"the text is a chat in {markup.name} markup", "convert such rows with format='markup'")
+    if markup := chat_markup(body):
+        raise Refused(f"the text is a chat in {markup.name} markup", "convert such rows with format='markup'")
     title = row.thing.get("title")
     return f"{row.get('title').strip()}\n\n{body}" if isinstance(title, str) and title.strip() else body
 
 # %% ../../nbs/data/15_formats.ipynb #preference
-_WORSE = re.compile(r"(?:^|_)(?:rejected|non_preferred|nonpreferred|dispreferred|loser|worse)(?:_|$)|^(?:lose|negatives?)$"
-                    r"|^(?:bad|wrong|incorrect|unsafe|negative)_(?:answer|response|completion|output)s?$")
+_WORSE = re.compile(
+    r"(?:^|_)(?:rejected|non_preferred|nonpreferred|dispreferred|loser|worse)(?:_|$)|^(?:lose|negatives?)$"
+    r"|^(?:bad|wrong|incorrect|unsafe|negative)_(?:answer|response|completion|output)s?$"
+)
 _ONE_OF_TWO = re.compile(r"((?:response|answer|completion|output)s?)_?(a|b|0|1|2|j|k|left|right)")
-_JUDGED = {"preference", "preferred", "winner", "winner_model", "better", "better_response_id", "safer_response_id", "overall_preference", "labels"}
+_JUDGED = {
+    "preference", "preferred", "winner", "winner_model", "better", "better_response_id",
+    "safer_response_id", "overall_preference", "labels",
+}
 
 
 def is_preference(row: dict) -> bool:
@@ -210,26 +247,38 @@ def is_preference(row: dict) -> bool:
     if "chosen" in keys or any(map(_WORSE.search, keys)): return True
     several = [found[1] for k in keys if (found := _ONE_OF_TWO.fullmatch(k))]
     judged = not _JUDGED.isdisjoint(k.lower() for k in row if isinstance(k, str))
-    if len(several) >= 2 and (judged or not any(k in keys for k in ANSWER_KEYS)) or several and judged: return True
+    if len(several) >= 2 and (judged or not any(k in keys for k in ANSWER_KEYS)) or several and judged:
+        return True
     if isinstance(row.get("generations"), list) and len(row["generations"]) > 1: return True
     answers = row.get("output")
-    return "instruction" in row and isinstance(answers, list) and len(answers) > 1 and all(isinstance(a, str) for a in answers)
+    return (
+        "instruction" in row
+        and isinstance(answers, list)
+        and len(answers) > 1
+        and all(isinstance(a, str) for a in answers)
+    )
 
 
-ID_KEYS = ("conversation_id", "parent_id", "message_id", "thread_id", "dialogue_id", "dialog_id", "session_id", "message_tree_id", "turn")
+ID_KEYS = (
+    "conversation_id", "parent_id", "message_id", "thread_id", "dialogue_id", "dialog_id", "session_id",
+    "message_tree_id", "turn",
+)
 
 
 def is_one_message(row: dict) -> bool:
     "Whether a row is one message of a conversation: a speaker and a text."
     speaker = row.get("role") or row.get("from") or row.get("speaker")
-    text = next((row[k] for k in ("text", "content", "value", "message") if isinstance(row.get(k), str)), None)
-    if not isinstance(speaker, str) or text is None or first_message(row) is not None: return False
+    texts = [row[k] for k in ("text", "content", "value", "message") if isinstance(row.get(k), str)]
+    if not isinstance(speaker, str) or not texts or first_message(row) is not None: return False
     return speaker.strip().lower() in ROLE or any(k in row for k in ID_KEYS)
 
 
 def refuse_preference(row: Fields, how: Reading) -> Draft:
     "Rows that compare answers are refused."
-    raise Refused("the row is a preference pair: a better and a worse answer are compared, and one of them alone is not what it says")
+    raise Refused(
+        "the row is a preference pair: a better and a worse answer are compared, "
+        "and one of them alone is not what it says"
+    )
 
 
 def refuse_message(row: Fields, how: Reading) -> Draft:
@@ -264,27 +313,63 @@ def _is_openai(row: dict) -> bool:
     return first is not None and (not first or "role" in first or "author" in first)
 
 
-def _is_glaive(row: dict) -> bool: return "function_description" in row and isinstance(row.get("conversations"), list)
+def _is_glaive(row: dict) -> bool:
+    return "function_description" in row and isinstance(row.get("conversations"), list)
 def _is_ultrachat(row: dict) -> bool: return "prompt_id" in row and _is_openai(row)
 def _is_alpaca(row: dict) -> bool: return "instruction" in row and "output" in row and has_pair(row)
 def _is_text(row: dict) -> bool: return any(isinstance(row[k], str | None) for k in TEXT_KEYS if k in row)
-def _has_gap(row: dict) -> bool: return all(isinstance(row.get(k), str) for k in ("prefix", "suffix", "middle"))
+def _has_gap(row: dict) -> bool:
+    return all(isinstance(row.get(k), str) for k in ("prefix", "suffix", "middle"))
 
 
-FORMATS = {f.name: f for f in (
-    Format("preference", "a chosen and a rejected answer", is_preference, refuse_preference, ("prompt", "chosen", "rejected")),
-    Format("fim", "prefix, suffix, middle", _has_gap, refuse_gap, ("prefix", "suffix", "middle")),
-    Format("glaive", "function_description, and conversations of from/value", _is_glaive, from_glaive, ("function_description", "conversations")),
-    Format("ultrachat", "prompt, prompt_id, and messages of role/content", _is_ultrachat, from_chat, ("prompt", "prompt_id", "messages")),
-    Format("openai", "messages of role/content, also with tools or functions", _is_openai, from_chat, ("messages", "interactions", "tools", "functions")),
-    Format("sharegpt", "conversations of from/value", _starts_with("from"), from_chat, ("conversations", "conversation", "system", "tools")),
-    Format("interactions", "interactions of is_user/text", _starts_with("is_user"), from_chat, ("interactions",)),
-    Format("message", "one message: role and text", is_one_message, refuse_message, ("role", "text", "parent_id", "conversation_id")),
-    Format("alpaca", "instruction, output, and perhaps input, system, history", _is_alpaca, from_pairs, ("instruction", "input", "output", "history", "text")),
-    Format("markup", "a text with [INST] and [/INST], or in another model's markup", is_marked, from_markup, ("text",)),
-    Format("pairs", f"a question ({', '.join(QUESTION_KEYS[2:])}) and an answer ({', '.join(ANSWER_KEYS)})", has_pair, from_pairs, (*QUESTION_KEYS, *ANSWER_KEYS)),
-    Format("text", "plain text under one of " + ", ".join(TEXT_KEYS), _is_text, from_text, TEXT_KEYS),
-)}  # noqa: E501
+FORMATS = {
+    f.name: f
+    for f in (
+        Format(
+            "preference", "a chosen and a rejected answer", is_preference, refuse_preference,
+            ("prompt", "chosen", "rejected"),
+        ),
+        Format("fim", "prefix, suffix, middle", _has_gap, refuse_gap, ("prefix", "suffix", "middle")),
+        Format(
+            "glaive", "function_description, and conversations of from/value", _is_glaive, from_glaive,
+            ("function_description", "conversations"),
+        ),
+        Format(
+            "ultrachat", "prompt, prompt_id, and messages of role/content", _is_ultrachat, from_chat,
+            ("prompt", "prompt_id", "messages"),
+        ),
+        Format(
+            "openai", "messages of role/content, also with tools or functions", _is_openai, from_chat,
+            ("messages", "interactions", "tools", "functions"),
+        ),
+        Format(
+            "sharegpt", "conversations of from/value", _starts_with("from"), from_chat,
+            ("conversations", "conversation", "system", "tools"),
+        ),
+        Format(
+            "interactions", "interactions of is_user/text", _starts_with("is_user"), from_chat,
+            ("interactions",),
+        ),
+        Format(
+            "message", "one message: role and text", is_one_message, refuse_message,
+            ("role", "text", "parent_id", "conversation_id"),
+        ),
+        Format(
+            "alpaca", "instruction, output, and perhaps input, system, history", _is_alpaca, from_pairs,
+            ("instruction", "input", "output", "history", "text"),
+        ),
+        Format(
+            "markup", "a text with [INST] and [/INST], or in another model's markup", is_marked,
+            from_markup, ("text",),
+        ),
+        Format(
+            "pairs",
+            f"a question ({', '.join(QUESTION_KEYS[2:])}) and an answer ({', '.join(ANSWER_KEYS)})",
+            has_pair, from_pairs, (*QUESTION_KEYS, *ANSWER_KEYS),
+        ),
+        Format("text", "plain text under one of " + ", ".join(TEXT_KEYS), _is_text, from_text, TEXT_KEYS),
+    )
+}
 READ = tuple(n for n, f in FORMATS.items() if not f.read.__name__.startswith("refuse"))
 
 # %% ../../nbs/data/15_formats.ipynb #named
@@ -325,19 +410,26 @@ def _unknown(rows: list[dict], every: list[tuple[Any, Any]]) -> str:
     "What is said of rows that no format fits"
     bad = next((str(r) for _, r in every if isinstance(r, SampleError)), None)
     if not rows and bad: return f"none of the first {len(every)} rows can be read: {bad}"
-    if not rows: return f"the rows are no objects: the first is {one_line(repr(every[0][1]), 60)}" if every else "there are no rows"
+    if not rows:
+        if not every: return "there are no rows"
+        return f"the rows are no objects: the first is {one_line(repr(every[0][1]), 60)}"
     columns = list(dict.fromkeys(k for r in rows for k in r))
     shown = "\n".join(f"  {one_line(json.dumps(r, ensure_ascii=False, default=str), 160)}" for r in rows[:3])
-    near = {n: len({m for c in columns for m in get_close_matches(c.lower(), FORMATS[n].columns, 1, 0.75)}) for n in READ}
-    nearest = sorted((n for n in near if near[n]), key=lambda n: -near[n] / len(FORMATS[n].columns))[:3] or READ
-    hints = "\n".join(f"  {n}: {FORMATS[n].looks}" for n in nearest)
+    near = {
+        n: len({m for c in columns for m in get_close_matches(c.lower(), FORMATS[n].columns, 1, 0.75)})
+        for n in READ
+    }
+    nearest = sorted((n for n in near if near[n]), key=lambda n: -near[n] / len(FORMATS[n].columns))
+    hints = "\n".join(f"  {n}: {FORMATS[n].looks}" for n in nearest[:3] or READ)
     also = f"\nbesides, rows that cannot be read: {bad}" if bad else ""
-    return f"the columns {', '.join(columns)} are of no format that is known; the first rows are\n{shown}\nnearest are\n{hints}\n{_advice(rows, columns)}{also}"
+    what = f"the columns {', '.join(columns)} are of no format that is known; the first rows are\n{shown}"
+    return f"{what}\nnearest are\n{hints}\n{_advice(rows, columns)}{also}"
 
 
 def _advice(rows: list[dict], columns: list[str]) -> str:
     "What to do with columns of unknown names"
-    if any(c.endswith(("?", ".", "!")) or c.count(" ") > 2 for c in columns): return "the first line looks like data: write a header such as question,answer above it"
+    if any(c.endswith(("?", ".", "!")) or c.count(" ") > 2 for c in columns):
+        return "the first line looks like data: write a header such as question,answer above it"
     texts = [c for c in columns if any(isinstance(r.get(c), str) for r in rows)]
     if len(texts) < 2: return "rename the columns, or give format="
     return f"rename two columns to question and answer ({texts[0]} and {texts[1]}?), or give format="

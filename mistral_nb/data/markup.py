@@ -14,24 +14,29 @@ from ..core.html import one_line
 from .rows import Refused
 
 # %% ../../nbs/data/13_markup.ipynb #marks
-MARKS = {name: re.compile(pattern, re.M) for name, pattern in {
-    "Mistral": r"\[/?(?:INST|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CONTENT|SYSTEM_PROMPT|MODEL_SETTINGS|THINK"
-               r"|ARGS|CALL_ID|IMG|PREFIX|SUFFIX|MIDDLE)\]|</?s>|<unk>|<<SYS>>",
-    "ChatML": r"<\|im_(?:start|end|sep)\|>",
-    "Llama 3": r"<\|(?:begin_of_text|end_of_text|start_header_id|end_header_id|eot_id|eom_id|python_tag)\|>",
-    "Gemma": r"<(?:start|end)_of_turn>|<bos>|<eos>",
-    "Phi or Zephyr": r"<\|(?:user|assistant|system|end)\|>",
-    "DeepSeek": r"<｜[^｜<>]{1,40}｜>",
-    "Alpaca": r"^### ?(?:Instruction|Input|Response|Question|Answer):|^(?:Instruct|Output):",
-    "fill-in-the-middle": r"<(?:fim|PRE|SUF|MID|fim_prefix|fim_suffix|fim_middle)>|<\|fim_\w+\|>",
-    "reserved": r"<extra_id_\d+>|<(?:reserved|unused|special)_?\d+>|\[Round \d+\]",
-    "Human and Assistant": r"^(?:### ?)?(?:Human|Assistant|User|USER|ASSISTANT|HUMAN): ?|### ?(?:Human|Assistant):|<(?:human|bot)>:",
-    "<think>": r"(?i:</?think(?:ing)?>|</?thoughts?>|<(?:reasoning|scratchpad)>)",
-    "<tool_call>": r"</?tool_calls?>|</?tool_response>|</?tools>|</?function_?calls?>|<function=",
-    "<image>": r"</?(?:image|audio|video)>",
-    "placeholder": r"\{\{ ?[A-Za-z_][\w. ]{0,40}\}\}",
-    "control token": r"<\|[A-Za-z_▁]{2,40}\|>",
-}.items()}
+MARKS = {
+    name: re.compile(pattern, re.M)
+    for name, pattern in {
+        "Mistral": r"\[/?(?:INST|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CONTENT|SYSTEM_PROMPT"
+        r"|MODEL_SETTINGS|THINK|ARGS|CALL_ID|IMG|PREFIX|SUFFIX|MIDDLE)\]|</?s>|<unk>|<<SYS>>",
+        "ChatML": r"<\|im_(?:start|end|sep)\|>",
+        "Llama 3": r"<\|(?:begin_of_text|end_of_text|start_header_id|end_header_id"
+        r"|eot_id|eom_id|python_tag)\|>",
+        "Gemma": r"<(?:start|end)_of_turn>|<bos>|<eos>",
+        "Phi or Zephyr": r"<\|(?:user|assistant|system|end)\|>",
+        "DeepSeek": r"<｜[^｜<>]{1,40}｜>",
+        "Alpaca": r"^### ?(?:Instruction|Input|Response|Question|Answer):|^(?:Instruct|Output):",
+        "fill-in-the-middle": r"<(?:fim|PRE|SUF|MID|fim_prefix|fim_suffix|fim_middle)>|<\|fim_\w+\|>",
+        "reserved": r"<extra_id_\d+>|<(?:reserved|unused|special)_?\d+>|\[Round \d+\]",
+        "Human and Assistant": r"^(?:### ?)?(?:Human|Assistant|User|USER|ASSISTANT|HUMAN): ?"
+        r"|### ?(?:Human|Assistant):|<(?:human|bot)>:",
+        "<think>": r"(?i:</?think(?:ing)?>|</?thoughts?>|<(?:reasoning|scratchpad)>)",
+        "<tool_call>": r"</?tool_calls?>|</?tool_response>|</?tools>|</?function_?calls?>|<function=",
+        "<image>": r"</?(?:image|audio|video)>",
+        "placeholder": r"\{\{ ?[A-Za-z_][\w. ]{0,40}\}\}",
+        "control token": r"<\|[A-Za-z_▁]{2,40}\|>",
+    }.items()
+}
 
 
 def find_marks(text: str) -> Iterator[tuple[str, int, str]]:
@@ -39,11 +44,15 @@ def find_marks(text: str) -> Iterator[tuple[str, int, str]]:
     if not any(c in text for c in "<[#:{"): return
     for name, pattern in MARKS.items():
         found = pattern.search(text)
-        if found and not (name == "control token" and any(MARKS[k].fullmatch(found[0]) for k in MARKS if k != name)):
+        if found and not (
+            name == "control token" and any(MARKS[k].fullmatch(found[0]) for k in MARKS if k != name)
+        ):
             yield name, found.start(), found[0]
 
 # %% ../../nbs/data/13_markup.ipynb #hidden
-CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2060-\u206f\ufff9-\ufffb\U000e0000-\U000e007f]")
+CONTROL = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2060-\u206f\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 # %% ../../nbs/data/13_markup.ipynb #markups
@@ -66,7 +75,9 @@ _EDGE = r"<s>|</s>|<\|endoftext\|>"
 
 MARKUPS = (
     _markup("ChatML", r"<\|im_start\|>(\w+)[^\S\n]*(?:\n|$)", r"<\|im_end\|>"),
-    _markup("Llama 3", r"<\|start_header_id\|>(\w+)<\|end_header_id\|>", r"<\|(?:eot_id|eom_id|end_of_text)\|>"),
+    _markup(
+        "Llama 3", r"<\|start_header_id\|>(\w+)<\|end_header_id\|>", r"<\|(?:eot_id|eom_id|end_of_text)\|>"
+    ),
     _markup("Gemma", r"<start_of_turn>(\w+)[^\S\n]*(?:\n|$)", r"<end_of_turn>"),
     _markup("Phi or Zephyr", r"<\|(user|assistant|system)\|>", r"<\|end\|>|</s>|<\|endoftext\|>"),
     _markup("DeepSeek", r"<｜(User|Assistant)｜>", preamble=True),
@@ -75,10 +86,15 @@ MARKUPS = (
     _markup("Human and Assistant", r"^(Human|Assistant|User|System):[^\S\n]*", flags=re.M),
     _markup("Human and Assistant", r"\b(USER|ASSISTANT|HUMAN|SYSTEM):[^\S\n]*", preamble=True),
 )
-_AROUND = re.compile(r"<s>|</s>|<\|(?:endoftext|begin_of_text|end_of_text)\|>|<bos>|<eos>|<｜(?:begin|end)▁of▁sentence｜>")  # at the edges of a message
+_AROUND = re.compile(  # what may stand at the edges of a message
+    r"<s>|</s>|<\|(?:endoftext|begin_of_text|end_of_text)\|>|<bos>|<eos>|<｜(?:begin|end)▁of▁sentence｜>"
+)
 _LABEL = re.compile(r"^([A-Z][A-Za-z ]{0,20}):(?=\s)", re.M)  # as in a play, or a log
-SAYS = dict(user="user", human="user", instruction="user", input="user", assistant="assistant", gpt="assistant", model="assistant",
-            response="assistant", system="system", developer="system", ipython="tool", tool="tool")
+SAYS = dict(
+    user="user", human="user", instruction="user", input="user", assistant="assistant", gpt="assistant",
+    model="assistant", response="assistant", system="system", developer="system", ipython="tool",
+    tool="tool",
+)
 
 
 def chat_markup(text: str) -> Markup | None:
@@ -107,23 +123,35 @@ def _is_dialogue(text: str, roles: list) -> bool:
     "Whether the two take turns, the user first, and nobody else speaks, as would in a play or a log"
     turns = [r for r in roles if r != "system"]
     others = {found.lower() for found in _LABEL.findall(text)} - SAYS.keys()
-    return turns[0] == "user" and turns[-1] == "assistant" and all(a != b for a, b in zip(turns, turns[1:])) and not others
+    alternate = all(a != b for a, b in zip(turns, turns[1:]))
+    return turns[0] == "user" and turns[-1] == "assistant" and alternate and not others
 
 # %% ../../nbs/data/13_markup.ipynb #chat
 def read_chat(text: str, markup: Markup) -> list[tuple[str, str]]:
-    "`(role, text)` of each message of a chat in a markup; `Refused` with the markup's name if it cannot be read."
+    "`(role, text)` of each message of a chat in a markup; `Refused` with its name if it cannot be read."
     heads = list(markup.head.finditer(text))
     before = trimmed(text[: heads[0].start()])
     out = [("system", before)] if before else []
     for head, end in zip(heads, [*(h.start() for h in heads[1:]), len(text)]):
         role = SAYS.get(head[1].lower())
-        if role is None: raise Refused(f"the text is a chat in {markup.name} markup with a role that is not known", repr(one_line(head[1], 30)))
+        if role is None:
+            raise Refused(
+                f"the text is a chat in {markup.name} markup with a role that is not known",
+                repr(one_line(head[1], 30)),
+            )
         said, *rest = markup.ends.split(text[head.end() : end]) if markup.closed else [text[head.end() : end]]
         said = trimmed(said)
         if stray := next((r for r in rest if trimmed(r)), None):
-            raise Refused(f"the text is a chat in {markup.name} markup with words between its messages", one_line(stray.strip(), 40))
+            raise Refused(
+                f"the text is a chat in {markup.name} markup with words between its messages",
+                one_line(stray.strip(), 40),
+            )
         if mark := next((m for m in find_marks(said) if m[0] == markup.name), None):
-            raise Refused(f"the text is a chat in {markup.name} markup that cannot be read", f"{one_line(mark[2], 30)} at {mark[1]}")
-        if markup.name == "Alpaca" and head[1] == "Input" and out and out[-1][0] == "user": out[-1] = "user", f"{out[-1][1]}\n\n{said}"
+            raise Refused(
+                f"the text is a chat in {markup.name} markup that cannot be read",
+                f"{one_line(mark[2], 30)} at {mark[1]}",
+            )
+        if markup.name == "Alpaca" and head[1] == "Input" and out and out[-1][0] == "user":
+            out[-1] = "user", f"{out[-1][1]}\n\n{said}"
         else: out.append((role, said))
     return out

@@ -42,7 +42,9 @@ class Fields:
         for key, value in self.thing.items():
             if key in self.read: continue
             null, key = ": null" if value is None else "", self.names.get(key, key)
-            if self.what == "row": yield f"column {key} left out{null}" if key.strip() else f"the column without a name left out{null}"
+            if self.what == "row":
+                named = f"column {key}" if key.strip() else "the column without a name"
+                yield f"{named} left out{null}"
             else: yield f"{key} of a {self.what} left out{null}"
 
 # %% ../../nbs/data/14_messages.ipynb #content
@@ -50,7 +52,8 @@ def text_of(value: Any, what: str = "content") -> str:
     "The text of a cell that must be one: a text or a number."
     if value is None: return ""
     if isinstance(value, str): return value
-    if isinstance(value, float) and value.is_integer(): return str(int(value))  # a whole number beside an empty cell
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))  # a whole number beside an empty cell
     if isinstance(value, int | float) and not isinstance(value, bool): return str(value)
     raise Refused(f"{what} is not a text", one_line(repr(value), 40))
 
@@ -66,8 +69,10 @@ def part_of(part: Any, notes: list[str]) -> dict:
         if isinstance(thought, list): thought = "".join(part_of(p, notes).get("text", "") for p in thought)
         out = {"type": "thinking", "thinking": text_of(thought, "a thought")}
         if (closed := found.get("closed")) is False: out["closed"] = closed
-    elif kind == "text" and isinstance(found.get("text"), str | None): out = {"type": "text", "text": found.get("text") or ""}
-    elif isinstance(part, dict): raise Refused(f"content holds {one_line(kind, 20)}, only text can be trained on")
+    elif kind == "text" and isinstance(found.get("text"), str | None):
+        out = {"type": "text", "text": found.get("text") or ""}
+    elif isinstance(part, dict):
+        raise Refused(f"content holds {one_line(kind, 20)}, only text can be trained on")
     else: raise Refused("a part of the content is not a text", one_line(repr(part), 40))
     notes += found.left()
     return out
@@ -79,7 +84,8 @@ def content_of(value: Any, role: str, notes: list[str]) -> str | list[dict]:
         notes.append(f"an object as content of a{'n' * (role == 'assistant')} {role} message written as JSON")
         return json.dumps(value, ensure_ascii=False)
     if not isinstance(value, list):
-        if isinstance(value, int | float) and not isinstance(value, bool): notes.append("a number as content written as text")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            notes.append("a number as content written as text")
         return text_of(value)
     parts = [part_of(p, notes) for p in value]
     if not parts: return ""
@@ -89,7 +95,8 @@ def content_of(value: Any, role: str, notes: list[str]) -> str | list[dict]:
 def _is_data(value: Any) -> bool:
     "Whether a value is data, and not a text or its parts"
     if isinstance(value, bool): return True
-    if not isinstance(value, list) or any(isinstance(p, dict) and p.get("type") in NOT_TEXT for p in value): return False
+    if not isinstance(value, list) or any(isinstance(p, dict) and p.get("type") in NOT_TEXT for p in value):
+        return False
     return any(not isinstance(p, dict | str) or isinstance(p, dict) and "text" not in p for p in value)
 
 
@@ -103,6 +110,7 @@ def is_blank(content: Any) -> bool:
 
 # %% ../../nbs/data/14_messages.ipynb #thoughts
 _THINK = re.compile(r"\s*<(think|thinking)>(.*?)</\1>\s*", re.S)
+_NO_PLACE = "a thought left out: tokenizers before v13 have no place for it"
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -115,12 +123,13 @@ def with_thoughts(message: Fields, content: Any, keep: bool, notes: list[str]) -
     if thought is None and isinstance(content, str) and keep and (found := _THINK.match(content)):
         thought, content = found[2].strip(), content[found.end() :]
         if not thought: notes.append("an empty thought left out")
-    parts = [p for p in content if p["type"] != "thinking"] if isinstance(content, list) and not keep else content
+    parts = content
+    if isinstance(content, list) and not keep: parts = [p for p in content if p["type"] != "thinking"]
     if parts != content:
-        notes.append("a thought left out: tokenizers before v13 have no place for it")
+        notes.append(_NO_PLACE)
         content = parts[0]["text"] if len(parts) == 1 else parts or ""
     if not thought: return content
-    notes.append("a thought made a thinking part" if keep else "a thought left out: tokenizers before v13 have no place for it")
+    notes.append("a thought made a thinking part" if keep else _NO_PLACE)
     if not keep: return content
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
     return [{"type": "thinking", "thinking": thought}, *parts]
@@ -141,11 +150,14 @@ def weight_of(thing: Fields, notes: list[str]) -> int | None:
     for key in [k for k in TRAIN_FLAGS if k in thing.thing]:
         value = thing.get(key)
         if value is None: notes.append(f"{key} of a {thing.what} left out: null")
-        elif key == "loss" and thing.what == "row" and as_flag(value) is None: notes.append("column loss left out: it is not 0 or 1")
-        elif as_flag(value) is None: raise Refused(f"{key} of a {thing.what} is neither 0 nor 1", one_line(repr(value), 30))
+        elif key == "loss" and thing.what == "row" and as_flag(value) is None:
+            notes.append("column loss left out: it is not 0 or 1")
+        elif as_flag(value) is None:
+            raise Refused(f"{key} of a {thing.what} is neither 0 nor 1", one_line(repr(value), 30))
         else: found[key] = as_flag(value)
         if isinstance(value, str) and key in found: notes.append(f"{key} of a {thing.what} read from a text")
-    if len(set(found.values())) > 1: raise Refused(f"{' and '.join(found)} of a {thing.what} say different things")
+    if len(set(found.values())) > 1:
+        raise Refused(f"{' and '.join(found)} of a {thing.what} say different things")
     return next(iter(found.values()), None)
 
 # %% ../../nbs/data/14_messages.ipynb #ids
@@ -170,7 +182,8 @@ class CallIds:
 
     def for_call(self, name: Any) -> str:
         "The id of a call that another program calls `name`: that one if it is an id, and not taken"
-        if not isinstance(name, str) or not re.fullmatch("[a-zA-Z0-9]{9}", name) or name in self.used: return self.new()
+        if not isinstance(name, str) or not re.fullmatch("[a-zA-Z0-9]{9}", name) or name in self.used:
+            return self.new()
         self.used.add(name)
         return name
 
@@ -179,7 +192,8 @@ def nullable(schema: Any) -> bool:
     "Whether a JSON schema allows null."
     if not isinstance(schema, dict): return schema is True
     kinds = schema.get("type")
-    if kinds == "null" or isinstance(kinds, list) and "null" in kinds or schema.get("nullable") is True: return True
+    if kinds == "null" or isinstance(kinds, list) and "null" in kinds or schema.get("nullable") is True:
+        return True
     if isinstance(schema.get("enum"), list) and None in schema["enum"]: return True
     if not any(v is not None for v in schema.values()): return True
     others = [s for key in ("anyOf", "oneOf") for s in schema.get(key) or []]
@@ -192,26 +206,30 @@ def clean_schema(schema: Any, notes: list[str]) -> Any:
     if not isinstance(schema, dict): return schema
     out = {}
     for key, value in schema.items():
-        if value is None and not (key in ("default", "const") and nullable(schema)): notes.append("nulls of a tool's schema left out")
+        if value is None and not (key in ("default", "const") and nullable(schema)):
+            notes.append("nulls of a tool's schema left out")
         elif key == "type":
             if (kind := _type_name(value, notes)) is not None: out[key] = kind
-        elif key == "required" and not isinstance(value, list): notes.append("required, which is no list, left out of a tool's schema")
+        elif key == "required" and not isinstance(value, list):
+            notes.append("required, which is no list, left out of a tool's schema")
         elif key in ("properties", "$defs", "definitions", "patternProperties") and isinstance(value, dict):
             if None in value.values(): notes.append("nulls of a tool's schema left out")
             out[key] = {k: clean_schema(v, notes) for k, v in value.items() if v is not None}
-        elif key in ("items", "anyOf", "oneOf", "allOf", "not", "additionalProperties"): out[key] = clean_schema(value, notes)
+        elif key in ("items", "anyOf", "oneOf", "allOf", "not", "additionalProperties"):
+            out[key] = clean_schema(value, notes)
         else: out[key] = value
     return out
 
 
 TYPE_NAMES = dict(
-    dict="object", str="string", text="string", int="integer", float="number", double="number", bool="boolean", list="array", tuple="array",
-    set="array", none="null", any=None, **{t: t for t in ("object", "string", "integer", "number", "boolean", "array", "null")},
-)  # noqa: E501
+    dict="object", str="string", text="string", int="integer", float="number", double="number",
+    bool="boolean", list="array", tuple="array", set="array", none="null", any=None,
+    **{t: t for t in ("object", "string", "integer", "number", "boolean", "array", "null")},
+)
 
 
 def _type_name(value: Any, notes: list[str]) -> Any:
-    "JSON's name of a type as Python, Java or a prompt call it; None for a type that says nothing; others as they are"
+    "JSON's name of a type of Python, Java or a prompt; None for one that says nothing; others as they are"
     if isinstance(value, list): return [_type_name(v, notes) for v in value]
     if not isinstance(value, str): return value
     name = re.sub(r"\[.*\]|, *optional$|<.*>", "", value.strip().lower())
@@ -251,14 +269,23 @@ def _tool(tool: Any, notes: list[str]) -> dict:
     parameters = from_json(func.first("parameters", "input_schema"), "the parameters of a tool")
     text = func.get("description")
     notes += func.left()
-    return {"type": "function", "function": {"name": inner["name"], "description": text or "", "parameters": _parameters(parameters, notes)}}
+    return {
+        "type": "function",
+        "function": {
+            "name": inner["name"],
+            "description": text or "",
+            "parameters": _parameters(parameters, notes),
+        },
+    }
 
 
 def _parameters(value: Any, notes: list[str]) -> dict:
     "The schema of a function's arguments, also from a bare list of properties"
     if not value: return {"type": "object", "properties": {}}
-    if not isinstance(value, dict): raise Refused("the parameters of a tool are not an object", one_line(repr(value), 40))
-    if not {"type", "properties", "$ref", "anyOf"} & value.keys() and all(isinstance(v, dict) for v in value.values()):
+    if not isinstance(value, dict):
+        raise Refused("the parameters of a tool are not an object", one_line(repr(value), 40))
+    is_schema = {"type", "properties", "$ref", "anyOf"} & value.keys()
+    if not is_schema and all(isinstance(v, dict) for v in value.values()):
         notes.append("the parameters of a tool taken as its properties")
         value = {"type": "object", "properties": value}
     return clean_schema(value, notes)
@@ -275,8 +302,10 @@ def arguments_text(value: Any, schema: dict | None = None, notes: list[str] | No
         notes += twice_notes(twice)
         if isinstance(found, str) and is_json(found): found, value = json.loads(found), found  # encoded twice
         if not isinstance(found, dict): notes.append("the arguments of a call are no object")
-        return json.dumps(found, ensure_ascii=False) if isinstance(found, dict) and not is_json(value) else value
-    if not isinstance(value, dict): raise Refused("the arguments of a call are not an object", one_line(repr(value), 40))
+        is_new = isinstance(found, dict) and not is_json(value)
+        return json.dumps(found, ensure_ascii=False) if is_new else value
+    if not isinstance(value, dict):
+        raise Refused("the arguments of a call are not an object", one_line(repr(value), 40))
     return json.dumps(_asked_for(value, [schema or {}], schema or {}, notes), ensure_ascii=False)
 
 
@@ -286,9 +315,14 @@ def _branches(schemas: list, root: dict, deep: int = 8) -> list[dict]:
     for s in schemas:
         if not isinstance(s, dict) or not deep: continue
         out.append(s)
-        inner = [t for key in ("anyOf", "oneOf", "allOf") for t in (s.get(key) if isinstance(s.get(key), list) else [])]
+        inner = [
+            t
+            for key in ("anyOf", "oneOf", "allOf")
+            for t in (s.get(key) if isinstance(s.get(key), list) else [])
+        ]
         ref, node = s.get("$ref"), root
-        for name in ref.removeprefix("#/").split("/") if isinstance(ref, str) and ref.startswith("#/") else ():
+        inside = isinstance(ref, str) and ref.startswith("#/")
+        for name in ref.removeprefix("#/").split("/") if inside else ():
             node = node.get(name) if isinstance(node, dict) else None
         out += _branches([*inner, *([node] if isinstance(ref, str) else [])], root, deep - 1)
     return out
@@ -302,7 +336,8 @@ def _known_of(key: str, schemas: list[dict]) -> list:
         by_pattern = s.get("patternProperties") if isinstance(s.get("patternProperties"), dict) else {}
         if key in named: found.append(named[key])
         found += [p for pattern, p in by_pattern.items() if re.search(pattern, key)]
-        if not found and isinstance(s.get("additionalProperties"), dict): found.append(s["additionalProperties"])
+        if not found and isinstance(s.get("additionalProperties"), dict):
+            found.append(s["additionalProperties"])
     return found
 
 
@@ -317,7 +352,8 @@ def _asked_for(value: Any, schemas: list, root: dict, notes: list[str]) -> Any:
     out = {}
     for key, v in value.items():
         known = _known_of(key, every)
-        if v is not None or key in required or any(map(nullable, _branches(known, root))): out[key] = _asked_for(v, known, root, notes)
+        if v is not None or key in required or any(map(nullable, _branches(known, root))):
+            out[key] = _asked_for(v, known, root, notes)
         else: notes.append(f"null {key} of a call's arguments left out")
     return out
 
@@ -339,33 +375,47 @@ def call_of(value: Any, ids: CallIds, tools: list[dict] = (), notes: list[str] |
     name, was = func.get("name"), outer.get("id")
     if not isinstance(name, str): raise Refused("a call has no name")
     kind = outer.get("type")
-    if kind not in (None, "function", "tool_call", "function_call"): raise Refused("a call is not of a function", one_line(repr(kind), 30))
+    if kind not in (None, "function", "tool_call", "function_call"):
+        raise Refused("a call is not of a function", one_line(repr(kind), 30))
     func.read |= set() if wrapped else {"id", "type"}
     schema = next((t["function"]["parameters"] for t in tools if t["function"]["name"] == name), None)
     arguments = arguments_text(func.first("arguments", "parameters", "args", "input"), schema, notes)
     notes += [*(outer.left() if wrapped else ()), *func.left()]
-    return {"id": ids.for_call(was), "was": None if was is None else str(was), "type": "function", "function": {"name": name, "arguments": arguments}}
+    return {
+        "id": ids.for_call(was),
+        "was": None if was is None else str(was),
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
 
 
 def calls_of(value: Any, ids: CallIds, tools: list[dict], notes: list[str]) -> list[dict]:
     "The calls of a message: a list, one call, or the JSON text of either; a call that is all null is none."
     value = from_json(value, "a call", notes)
     every = [from_json(c, "a call", notes) for c in (value if isinstance(value, list) else [value])]
-    return [call_of(c, ids, tools, notes) for c in every if c is not None and not (isinstance(c, dict) and not any(v is not None for v in c.values()))]
+    return [
+        call_of(c, ids, tools, notes)
+        for c in every
+        if c is not None and not (isinstance(c, dict) and not any(v is not None for v in c.values()))
+    ]
 
 # %% ../../nbs/data/14_messages.ipynb #roles
 ROLE = dict(
     user="user", human="user", prompter="user", system="system", developer="system",
-    assistant="assistant", gpt="assistant", chatgpt="assistant", bing="assistant", bard="assistant", model="assistant", bot="assistant", ai="assistant",
-    tool="tool", function="tool", observation="tool", ipython="tool", tool_response="tool", function_response="tool", tool_result="tool",
-    tool_call="call", function_call="call", tool_calls="call",
-)  # noqa: E501
+    assistant="assistant", gpt="assistant", chatgpt="assistant", bing="assistant", bard="assistant",
+    model="assistant", bot="assistant", ai="assistant", tool="tool", function="tool", observation="tool",
+    ipython="tool", tool_response="tool", function_response="tool", tool_result="tool", tool_call="call",
+    function_call="call", tool_calls="call",
+)
 
 
 def role_of(name: Any) -> str:
     "Our name of a speaker; `call` for a message that is a call."
     key = name.strip().lower().replace("-", "_") if isinstance(name, str) else None
-    if key not in ROLE: raise Refused("the role of a message is not known", f"{one_line(repr(name), 30)}, known are {', '.join(ROLE)}")
+    if key not in ROLE:
+        raise Refused(
+            "the role of a message is not known", f"{one_line(repr(name), 30)}, known are {', '.join(ROLE)}"
+        )
     return ROLE[key]
 
 
@@ -373,14 +423,18 @@ def messages_in(value: Any) -> list:
     "The messages of a conversation in any of its layouts."
     value = from_json(value, "the conversation")
     if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
-        if len({len(v) for v in value.values()}) > 1: raise Refused("the lists of a conversation are not equally long")
+        if len({len(v) for v in value.values()}) > 1:
+            raise Refused("the lists of a conversation are not equally long")
         value = [dict(zip(value, row)) for row in zip(*value.values())]
-    if not isinstance(value, list): raise Refused("the conversation is not a list of messages", one_line(repr(value), 40))
+    if not isinstance(value, list):
+        raise Refused("the conversation is not a list of messages", one_line(repr(value), 40))
     out = []
     for m in value:
         named = isinstance(m, dict) and not {"role", "from", "author", "is_user"} & m.keys()
         said = {k: v for k, v in m.items() if v is not None} if named else {}
-        out.append({"role": next(iter(said)), "content": next(iter(said.values()))} if len(said) == 1 and next(iter(said)).lower() in ROLE else m)
+        role, content = next(iter(said.items()), ("", None))
+        by_role = len(said) == 1 and role.lower() in ROLE
+        out.append({"role": role, "content": content} if by_role else m)
     return out
 
 # %% ../../nbs/data/14_messages.ipynb #draft
@@ -412,7 +466,9 @@ class Reading:
     def thinks(self) -> bool: return self.version is None or self.version >= 13
 
 # %% ../../nbs/data/14_messages.ipynb #message
-NOTHING = dict(name=(None,), tool_call_id=(None,), tool_calls=(None, [], ""), function_call=(None, ""))  # values that say nothing
+NOTHING = dict(  # values that say nothing
+    name=(None,), tool_call_id=(None,), tool_calls=(None, [], ""), function_call=(None, ""),
+)
 
 
 def message_of(value: Any, how: Reading, tools: list[dict], notes: list[str]) -> dict | None:
@@ -452,27 +508,37 @@ def _answer(out: dict, m: Fields, how: Reading, tools: list[dict], notes: list[s
     if is_blank(out["content"]) and isinstance(refusal := m.thing.get("refusal"), str) and refusal.strip():
         out["content"] = m.get("refusal")
         notes.append("a refusal taken as the answer")
-    calls = calls_of(m.get("tool_calls"), how.ids, tools, notes) or calls_of(m.get("function_call"), how.ids, tools, notes)
+    calls = calls_of(m.get("tool_calls"), how.ids, tools, notes)
+    calls = calls or calls_of(m.get("function_call"), how.ids, tools, notes)
     if calls: out["tool_calls"] = calls
     if (weight := weight_of(m, notes)) is not None: out["weight"] = weight
 
 # %% ../../nbs/data/14_messages.ipynb #results
 def pair_results(results: list[dict], calls: list[dict], notes: list[str]) -> list[dict] | None:
     "The results for the calls of a message, one each, with the calls' ids; None if a call has none."
-    was, known, names = [c.get("was") for c in calls], [c["id"] for c in calls], [c["function"].get("name") for c in calls]
-    named = [was.index(i) if (i := r.get("tool_call_id")) is not None and was.count(i) == 1 else None for r in results]
-    if any(r.get("tool_call_id") and k is None for r, k in zip(results, named)): notes.append("a result names a call that was not made")
+    was, known = [c.get("was") for c in calls], [c["id"] for c in calls]
+    names = [c["function"].get("name") for c in calls]
+    named = [
+        was.index(i) if (i := r.get("tool_call_id")) is not None and was.count(i) == 1 else None
+        for r in results
+    ]
+    if any(r.get("tool_call_id") and k is None for r, k in zip(results, named)):
+        notes.append("a result names a call that was not made")
     if all(k is None for k in named) and len(calls) > 1:
         named = [names.index(r["name"]) if names.count(r.get("name")) == 1 else None for r in results]
         if any(k is not None for k in named): notes.append("results paired by the names of their functions")
-    if len(calls) == len(results) == 1 and results[0].get("name") not in (None, names[0]): notes.append("a result has another function's name than its call")
-    if any(k is not None for k in named):  # by their names; what has no call's name takes the calls that are left, in order
+    if len(calls) == len(results) == 1 and results[0].get("name") not in (None, names[0]):
+        notes.append("a result has another function's name than its call")
+    if any(k is not None for k in named):  # what has no call's name takes the calls that are left, in order
         left = iter([k for k in range(len(calls)) if k not in named])
         taken = [next(left, len(calls) - 1) if k is None else k for k in named]
         if set(taken) != set(range(len(calls))): return None
         if len(taken) > len(calls): notes.append("several results of one call joined")
         groups = [[r for r, t in zip(results, taken) if t == k] for k in dict.fromkeys(taken)]
-        return [{**joined_results(group), "tool_call_id": known[k]} for k, group in zip(dict.fromkeys(taken), groups)]
+        return [
+            {**joined_results(group), "tool_call_id": known[k]}
+            for k, group in zip(dict.fromkeys(taken), groups)
+        ]
     if len(results) == 1 < len(calls): results = shared_result(results[0], len(calls), notes)
     if len(results) > len(calls):
         notes.append("several results of one call joined")
@@ -518,11 +584,15 @@ def take_system(todo: list[dict], notes: list[str]) -> str | list[dict] | None:
     return [part for s in said for part in ([{"type": "text", "text": s}] if isinstance(s, str) else s)]
 
 # %% ../../nbs/data/14_messages.ipynb #finish
-_A_CALL = re.compile(r"(?:Thought:.*)?\s*Action:|\s*(?:<tool_calls?>|<function_?calls?>|<function=|\[\s*\w[\w.]*\(|\w[\w.]*\(.*\)\s*$|\{\s*\"name\"\s*:)", re.S)
+_A_CALL = re.compile(
+    r"(?:Thought:.*)?\s*Action:|\s*(?:<tool_calls?>|<function_?calls?>|<function="
+    r"|\[\s*\w[\w.]*\(|\w[\w.]*\(.*\)\s*$|\{\s*\"name\"\s*:)",
+    re.S,
+)
 
 
 def finish(draft: Draft, whole: bool = False) -> list[dict]:
-    "The messages of a conversation that can be trained on, text and call in one if `whole`; `Refused` if there is none."
+    "The messages that can be trained on, text and call in one if `whole`; `Refused` if there is no answer."
     todo, notes = [m for m in draft.messages if m is not None], draft.notes
     system, out = take_system(todo, notes), []
     while todo:
@@ -532,13 +602,18 @@ def finish(draft: Draft, whole: bool = False) -> list[dict]:
         if not m.get("tool_calls") or not todo: continue
         results = _results_behind(todo, notes)
         calls = m["tool_calls"]
-        paired = pair_results(results, calls, notes) if results and (len(results) >= len(calls) or len(results) == 1) else None
+        enough = results and (len(results) >= len(calls) or len(results) == 1)
+        paired = pair_results(results, calls, notes) if enough else None
         if paired is None: notes.append(_cut("a call without a result", todo)); break
         out += paired
     last = max((i for i, m in enumerate(out, 1) if m["role"] == "assistant"), default=0)
     if last < len(out): notes.append("messages after the last answer left out")
-    if not last: raise Refused("there is no answer to train on", next((n for n in notes if "empty" in n or "cut" in n), ""))
-    if not any(m["role"] == "user" for m in out[:last]): raise Refused("there is no message of a user before the answers")
+    if not last:
+        raise Refused(
+            "there is no answer to train on", next((n for n in notes if "empty" in n or "cut" in n), "")
+        )
+    if not any(m["role"] == "user" for m in out[:last]):
+        raise Refused("there is no message of a user before the answers")
     return ([{"role": "system", "content": system}] if system else []) + out[:last]
 
 
@@ -547,7 +622,10 @@ def _ends_before(m: dict, out: list[dict]) -> str:
     if m["role"] == "system": return "a system prompt in the middle"
     if m["role"] == "tool":
         if out and out[-1]["role"] == "assistant" and _A_CALL.match(plain_text(out[-1].get("content") or "")):
-            raise Refused("the calls stand in the text of an answer, in a form that is not read", one_line(plain_text(out[-1]["content"]), 40))
+            raise Refused(
+                "the calls stand in the text of an answer, in a form that is not read",
+                one_line(plain_text(out[-1]["content"]), 40),
+            )
         return "a result without a call"
     return f"an empty {m['role']} message" if not m.get("tool_calls") and is_blank(m["content"]) else ""
 
@@ -565,7 +643,12 @@ def _parted(m: dict, whole: bool, notes: list[str]) -> list[dict]:
 
 def _results_behind(todo: list[dict], notes: list[str]) -> list[dict]:
     "The results that follow a call, taken from the list"
-    if len(todo) > 1 and todo[0]["role"] == "assistant" and not todo[0].get("tool_calls") and todo[1]["role"] == "tool":
+    if (
+        len(todo) > 1
+        and todo[0]["role"] == "assistant"
+        and not todo[0].get("tool_calls")
+        and todo[1]["role"] == "tool"
+    ):
         todo.pop(0)
         notes.append("an answer between a call and its result left out")
     results = []
@@ -573,4 +656,5 @@ def _results_behind(todo: list[dict], notes: list[str]) -> list[dict]:
     return results
 
 
-def _cut(why: str, rest: list) -> str: return f"cut at {why}" if rest or why.startswith("a call") else f"{why} left out"
+def _cut(why: str, rest: list) -> str:
+    return f"cut at {why}" if rest or why.startswith("a call") else f"{why} left out"

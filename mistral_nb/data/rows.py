@@ -27,10 +27,12 @@ def plain(value: Any) -> Any:
     if type(value).__name__ == "NAType": return None  # pandas.NA
     if isinstance(value, float): return value if math.isfinite(value) else None
     if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, np.generic) or isinstance(value, np.ndarray) and not value.ndim: return plain(value.item())
+    if isinstance(value, np.generic) or isinstance(value, np.ndarray) and not value.ndim:
+        return plain(value.item())
     if isinstance(value, (list, tuple, set, np.ndarray)): return [plain(v) for v in value]
     if isinstance(value, bytes): return value.decode("utf-8")  # `UnicodeDecodeError` for a picture, say
-    if hasattr(value, "isoformat"): return None if value != value else value.isoformat()  # NaT is not equal to itself
+    if hasattr(value, "isoformat"):
+        return None if value != value else value.isoformat()  # NaT is not equal to itself
     return str(value)
 
 # %% ../../nbs/data/12_rows.ipynb #deep
@@ -41,7 +43,12 @@ def is_too_deep(value: Any, most: int = DEEPEST) -> bool:
     "Whether lists and objects stand in one another more than `most` times; any depth can be asked for."
     level = [value]
     for _ in range(most):
-        level = [v for node in level for v in (node.values() if isinstance(node, dict) else node) if isinstance(v, dict | list)]
+        level = [
+            v
+            for node in level
+            for v in (node.values() if isinstance(node, dict) else node)
+            if isinstance(v, dict | list)
+        ]
         if not level: return False
     return True
 
@@ -60,7 +67,8 @@ class Rows(Iterator):
     "A stream of `(place, row)`; what cannot be read stands in its place as a `SampleError`."
 
     def __init__(self, pairs: Iterable[tuple[Where, Any]], notes: Counter):
-        self.pairs, self.notes = iter(pairs), notes  # notes: what was left out or taken otherwise; grows while reading
+        self.pairs = iter(pairs)
+        self.notes = notes  # what was left out or taken otherwise; grows while reading
 
     def __next__(self) -> tuple[Where, Any]: return next(self.pairs)
 
@@ -70,7 +78,9 @@ def read_rows(source: Any) -> Rows:
     notes: Counter = Counter()
     if isinstance(source, (str, Path)): found = _rows_of_path(Path(source), notes)
     elif isinstance(source, dict): raise TypeError(_one_dict(source))
-    else: found = ((Where("rows", n), row) for n, item in enumerate(_items(source), 1) for row in _rows_of_item(item))
+    else:
+        numbered = enumerate(_items(source), 1)
+        found = ((Where("rows", n), row) for n, item in numbered for row in _rows_of_item(item))
     return Rows(((where, _cleaned(where, row)) for where, row in found), notes)
 
 
@@ -95,18 +105,24 @@ def _rows_of_path(path: Path, notes: Counter) -> Iterator[tuple[Where, Any]]:
 def _items(source: Any) -> Iterable:
     "The rows of a DataFrame, an Arrow table or another iterable, each as Python's own values"
     columns = [str(c) for c in getattr(source, "column_names", getattr(source, "columns", []))]
-    if twice := [c for c, n in Counter(columns).items() if n > 1]: raise ValueError(f"two columns are named {twice[0]!r}: rename one of them")
-    if hasattr(source, "iterrows"): return (source.reset_index() if any(source.index.names) else source).to_dict("records")
-    if hasattr(source, "to_batches"): return (row for batch in source.to_batches() for row in batch.to_pylist())
+    if twice := [c for c, n in Counter(columns).items() if n > 1]:
+        raise ValueError(f"two columns are named {twice[0]!r}: rename one of them")
+    if hasattr(source, "iterrows"):
+        return (source.reset_index() if any(source.index.names) else source).to_dict("records")
+    if hasattr(source, "to_batches"):
+        return (row for batch in source.to_batches() for row in batch.to_pylist())
     return source
 
 
 def _cleaned(where: Where, row: Any) -> Any:
-    if isinstance(row, dict | list) and is_too_deep(row): return SampleError(where, f"it is nested more than {DEEPEST} deep", "", "json")
+    if isinstance(row, dict | list) and is_too_deep(row):
+        return SampleError(where, f"it is nested more than {DEEPEST} deep", "", "json")
     if not isinstance(row, dict): return row
     twice: list[str] = []
     try: found = ReadRow(open_cells(plain(row), twice))
-    except UnicodeDecodeError: return SampleError(where, "a value is bytes that are no UTF-8 text", "leave the column out, or decode it", "encoding")
+    except UnicodeDecodeError:
+        what = "a value is bytes that are no UTF-8 text"
+        return SampleError(where, what, "leave the column out, or decode it", "encoding")
     found.notes = (*getattr(row, "notes", ()), *twice_notes(twice))
     return found
 
@@ -116,8 +132,12 @@ def without_nulls(row: Any) -> Any:
     if not isinstance(row, dict): return row
     said = {k: v for k, v in row.items() if v is not None}
     for key in ("messages", "interactions"):
-        if isinstance(said.get(key), list): said[key] = [{k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else m for m in said[key]]
+        if isinstance(said.get(key), list): said[key] = [_without(m) for m in said[key]]
     return said
+
+
+def _without(m: Any) -> Any:
+    return {k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else m
 
 # %% ../../nbs/data/12_rows.ipynb #refused
 class Refused(ValueError):
@@ -131,8 +151,9 @@ class Refused(ValueError):
 
 # %% ../../nbs/data/12_rows.ipynb #write
 def write_rows(rows: Iterable[dict], path: str | Path, overwrite: bool = False) -> int:
-    "Write rows as JSON lines and return how many; the file appears when it is whole, and one that is there stays unless `overwrite`."
-    if Path(path).exists() and not overwrite: raise FileExistsError(f"{path} is there already: choose another name, or overwrite=True")
+    "Write rows as JSON lines and return how many; the file appears whole, and only `overwrite` replaces one."
+    if Path(path).exists() and not overwrite:
+        raise FileExistsError(f"{path} is there already: choose another name, or overwrite=True")
     return write_whole(path, (f"{json_line(row)}\n".encode() for row in rows))
 
 
@@ -162,22 +183,34 @@ def split(
     seed: int = 0,
     by: str | Callable[[dict], Any] | None = None,  # what keeps rows together
 ) -> tuple[Any, Any]:
-    "`(training rows, evaluation rows)`, a DataFrame as DataFrames and all else as lists; whole groups, in their old order."
+    "`(training rows, evaluation rows)`: whole groups, in their old order; a DataFrame as two, others as lists."
     records = [row for _, row in read_rows(rows)]
-    if isinstance(by, str) and (missing := sum(by not in r for r in records)): raise ValueError(f"{missing} of {len(records)} rows have no {by!r}: the columns are {', '.join(sorted({k for r in records for k in r}))}")
-    if odd := [r for r in records if not isinstance(r, dict)]: raise ValueError(f"{len(odd)} rows are no objects: {odd[0]}")
+    if isinstance(by, str) and (missing := sum(by not in r for r in records)):
+        columns = ", ".join(sorted({k for r in records for k in r}))
+        raise ValueError(f"{missing} of {len(records)} rows have no {by!r}: the columns are {columns}")
+    if odd := [r for r in records if not isinstance(r, dict)]:
+        raise ValueError(f"{len(odd)} rows are no objects: {odd[0]}")
     named = by if callable(by) else (lambda r: r[by]) if by else (lambda r: r)
-    key = lambda r: v if isinstance(v := named(r), int | float | str) else json.dumps(v, sort_keys=True, default=str)
+    key = lambda r: (
+        v if isinstance(v := named(r), int | float | str) else json.dumps(v, sort_keys=True, default=str)
+    )
     groups: dict[Any, list[int]] = {}
     for i, r in enumerate(records): groups.setdefault(key(r), []).append(i)
-    count = lambda part: max(1, round(part * len(records))) if isinstance(part, float) and part > 0 else int(part)
+    count = lambda part: (
+        max(1, round(part * len(records))) if isinstance(part, float) and part > 0 else int(part)
+    )
     wanted, most = count(eval), len(records) if train is None else count(train)
-    if not 0 <= wanted <= len(records) or most < 0 or wanted + (0 if train is None else most) > len(records): raise ValueError(f"eval={eval} and train={train} do not fit {len(records)} rows")
+    if not 0 <= wanted <= len(records) or most < 0 or wanted + (0 if train is None else most) > len(records):
+        raise ValueError(f"eval={eval} and train={train} do not fit {len(records)} rows")
     held, learnt = [], []
     order = list(groups.values())
     for k in np.random.default_rng(seed).permutation(len(order)):
         if len(held) < wanted and len(held) + len(order[k]) <= max(wanted, 1) * 1.1 + 1: held += order[k]
         elif len(learnt) < most: learnt += order[k]
-    if wanted and not held: raise ValueError(f"no group is small enough for {wanted} evaluation rows: {len(groups)} groups, the smallest has {min(map(len, order))}")
-    take = lambda chosen: rows.iloc[sorted(chosen)] if hasattr(rows, "iloc") else [records[i] for i in sorted(chosen)]
+    if wanted and not held:
+        found = f"{len(groups)} groups, the smallest has {min(map(len, order))}"
+        raise ValueError(f"no group is small enough for {wanted} evaluation rows: {found}")
+    take = lambda chosen: (
+        rows.iloc[sorted(chosen)] if hasattr(rows, "iloc") else [records[i] for i in sorted(chosen)]
+    )
     return take(learnt), take(held)

@@ -220,7 +220,9 @@ def sharded(device: str, keep: Keep, groups: int = 1) -> Callable[[nn.Module], N
             for part in [*tables, *model.layers, model]: fully_shard(part, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
         except RuntimeError as e:
             if "floating point" not in str(e): raise
-            raise ConfigError("placement", f"PyTorch {torch.__version__} cannot divide packed matrices", "use a newer one, quantize: none, or placement: replicate") from None
+            what = f"PyTorch {torch.__version__} cannot divide packed matrices"
+            hint = "use 2.12 or a later one, quantize: none, or placement: replicate"
+            raise ConfigError("placement", what, hint) from None
     return place
 
 
