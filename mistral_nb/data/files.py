@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'MARKS', 'NOT_UTF8', 'LONGEST', 'SPEAKERS', 'NO_MESSAGE', 'TRAIN_KEYS', 'EVAL_KEYS', 'ROWS_KEYS', 'NESTED',
-           'SEPARATORS', 'TEXTS', 'READABLE', 'DAMAGE', 'ReadRow', 'parse_json', 'twice_notes', 'with_notes', 'loose',
-           'open_text', 'not_utf8', 'depth', 'joined_lines', 'read_values', 'json_error', 'is_conversation', 'rows_of',
-           'rows_of_document', 'by_columns', 'find_separator', 'quoted_throughout', 'csv_records', 'read_csv',
-           'read_json_lines', 'rows_of_text', 'read_json', 'read_parquet', 'read_text', 'kind_of_file', 'read_file',
-           'part_of', 'files_in']
+           'SEPARATORS', 'NO_VALUE', 'TEXTS', 'READABLE', 'DAMAGE', 'ReadRow', 'parse_json', 'twice_notes',
+           'with_notes', 'loose', 'open_text', 'not_utf8', 'depth', 'joined_lines', 'read_values', 'json_error',
+           'is_conversation', 'rows_of', 'rows_of_document', 'by_columns', 'find_separator', 'quoted_throughout',
+           'csv_records', 'read_csv', 'read_json_lines', 'rows_of_text', 'read_json', 'read_parquet', 'read_text',
+           'kind_of_file', 'read_file', 'part_of', 'files_in']
 
 # %% ../../nbs/data/11_files.ipynb #imports
 import ast
@@ -359,6 +359,9 @@ def _swallowed(first: int, last: int) -> Iterator[tuple[int, str]]:
         yield n, f"it stands behind the quote that line {first} opens and never closes"
 
 # %% ../../nbs/data/11_files.ipynb #csv
+NO_VALUE = {"NULL", "null", "NaN", "nan", "N/A", "n/a", "#N/A", "NA", "None", "<NA>"}  # as programs write nothing
+
+
 def read_csv(path: Path, usual: str, notes: Counter) -> Iterator[tuple[Where, Any]]:
     "The rows of a csv file; an empty cell is None."
     name = str(path)
@@ -390,7 +393,9 @@ def read_csv(path: Path, usual: str, notes: Counter) -> Iterator[tuple[Where, An
         where = Where(name, line)
         if isinstance(cells, str):
             yield where, SampleError(where, cells, "write a quote inside a cell twice, in quotes", "json")
-        else: yield where, _csv_row(header, [c.strip() for c in cells] if spaced else cells, where)
+        else:
+            if not NO_VALUE.isdisjoint(cells): notes["rows with words such as NULL or NaN kept as texts"] += 1
+            yield where, _csv_row(header, [c.strip() for c in cells] if spaced else cells, where)
 
 
 def _csv_row(header: list[str], cells: list[str], where: Where) -> dict | SampleError:
