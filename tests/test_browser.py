@@ -100,7 +100,8 @@ def made(tmp_path_factory):
     batch = batch_of(folder, v3)
     shown |= {"batch": show(batch, v3, limit=10**6), "gallery": show(args, n=100), "report": check(files, workers=1), "report-run": check(args, workers=1)}
     shown["findings"] = shown["report"].findings_table("no-data", n=1000)
-    shown["converted"] = convert([r for r in rows if isinstance(r, dict)], format="openai")
+    named = [{**user("x"), text: 1} for text in MARKUP]  # notes name the columns that are left out
+    shown["converted"] = convert([r for r in rows if isinstance(r, dict)] + named, format="openai")
     shown["table"] = Table([BAD, EVIL], [(EVIL, 1), (BAD, 2.5), ("W" * 5000, None)], title=EVIL)
     return SimpleNamespace(shown=shown, batch=batch, html={k: v._repr_html_() for k, v in shown.items()})
 
@@ -304,7 +305,7 @@ def test_names_and_findings(seen, made):
     "File names, roles, keys and repairs quote the data set"
     for name in ("gallery", "report", "report-run", "findings"): assert "<script>hack(30)</script>.jsonl" in seen.at(name)["text"]
     assert "hack(32)" in seen.at("report")["text"] and "the role is '<img src=/leak.png onerror" in seen.at("gallery")["text"]
-    assert "onmouseover" in seen.at("converted")["text"]
+    assert "onmouseover" in seen.at("converted")["text"] and "<script>hack(1)" in seen.at("converted")["text"]
     repairs = [(f.before, f.after) for f in made.shown["report"].findings if f.before and f.code == "no-data"]
     assert sum("hack(" in b and "hack(" in a for b, a in repairs) > 5
     assert all(visible(t) in seen.at("findings")["text"] for pair in repairs for t in pair)

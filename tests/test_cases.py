@@ -691,13 +691,13 @@ ROWS = {  # a row: kept, the contents or words
 def test_more_files(name, tmp_path):
     data, kept, refused, words = FILES[name]
     (tmp_path / name).write_bytes(data)
-    began = time.monotonic()
+    began = time.process_time()
     try: done = convert(tmp_path / name)
     except UnknownFormat as e: found = (0, refused, str(e))
     else:
         found = (done.kept, len(done.refused), "\n".join([*done.notes, *(r["reason"] for r in done.refused)]))
     assert found[:2] == (kept, refused) and not [w for w in words if w not in found[2]], found
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
 
 
 @pytest.mark.parametrize("name", ROWS)
