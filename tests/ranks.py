@@ -20,7 +20,6 @@ DIVIDED = {  # placement: shard
     "fp8_dora": dict(quantize="fp8", lora=dict(dora=True)), "fp8_merged": dict(quantize="fp8", save_adapters=False),
     "recompute": dict(checkpoint=1), "merged": dict(save_adapters=False), "full_recompute": FULL | dict(checkpoint=True), "hf": {},
 }
-PACKED = [name for name, changes in DIVIDED.items() if "quantize" in changes]  # divided from PyTorch 2.12 on
 COPIED = {"copied": {}, "moe_copied": {}, "full_copied": FULL}
 PIECES = {"pieces": 40, "moe_pieces": 40}  # most tokens at once
 GOES_ON = ["dense", "full", "pissa"]
@@ -64,7 +63,7 @@ def main(root: Path, names: list[str]) -> None:
     ranks, out = int(os.environ["WORLD_SIZE"]), {}
     if nodes := os.environ.get("NODES"): os.environ["LOCAL_WORLD_SIZE"] = str(ranks // int(nodes))
     for name in names: out[name] = numbers(trainer(root, name, ranks, **(dict(placement="hybrid", run_dir=str(root / f"{name}.hybrid")) if nodes else {})))
-    if ranks == 2: out |= {f"{name} goes on": numbers(goes_on(root, name)) for name in GOES_ON}
+    if ranks == 2 and set(GOES_ON) <= set(names): out |= {f"{name} goes on": numbers(goes_on(root, name)) for name in GOES_ON}
     if dist.start().main: (root / f"{ranks}{'.hybrid' if nodes else ''}.json").write_text(json.dumps(out))
     dist.end()
     dist.leave(0)

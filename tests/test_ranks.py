@@ -15,12 +15,12 @@ from mistral_nb.demo import make_data, make_model
 from mistral_nb.model.args import ModelArgs, MoeArgs
 from mistral_nb.model.weights import load_model, save_tensors
 from mistral_nb.train.checkpoint import checkpoints
+from mistral_nb.train.dist import DIVIDES_FROM
 
 SHAPE = ModelArgs(dim=64, n_layers=2, head_dim=16, hidden_dim=128, n_heads=4, n_kv_heads=2, norm_eps=1e-5, vocab_size=32768)
 NAMES = [*worker.DIVIDED, *worker.COPIED, *worker.PIECES]
-IS_OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
-LEFT = set(worker.PACKED) if IS_OLD else set()  # what this PyTorch cannot divide
-HYBRID = [] if IS_OLD else ["dense", "full", "moe_nf4"]  # an older PyTorch has no mean in Gloo, so none on CPUs
+IS_OLD = tuple(map(int, torch.__version__.split(".")[:2])) < DIVIDES_FROM
+HYBRID = ["dense", "full", "moe_nf4"]
 
 
 def to_hf(folder: Path, out: Path) -> None:
@@ -59,25 +59,24 @@ def found(root, shell_env) -> dict:
         done = subprocess.run(command, env=shell_env | env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
         return json.loads((root / f"{n}{'.hybrid' if env else ''}.json").read_text())
-    runs = {n: launch(n, [name for name in NAMES if name not in LEFT]) for n in (1, 2, 4)}
-    return runs | {"hybrid": launch(4, HYBRID, NODES="2") if HYBRID else {}}
+    if IS_OLD: return {n: launch(n, list(worker.COPIED)) for n in (1, 2, 4)}
+    return {1: launch(1, NAMES), 2: launch(2, NAMES), 4: launch(4, NAMES), "hybrid": launch(4, HYBRID, NODES="2")}
 
 
 @pytest.fixture(autouse=True)
 def left_out(request) -> None:
     "Skips what this PyTorch cannot divide"
-    name = getattr(request.node, "callspec", None) and request.node.callspec.params.get("name")
-    if name in LEFT: pytest.skip("packed matrices are divided from PyTorch 2.12 on")
+    name = request.node.callspec.params["name"] if hasattr(request.node, "callspec") else None
+    if IS_OLD and name and name not in worker.COPIED: pytest.skip("this PyTorch cannot divide a model")
 
 
-@pytest.mark.skipif(not IS_OLD, reason="this PyTorch divides packed matrices")
+@pytest.mark.skipif(not IS_OLD, reason="this PyTorch divides models")
 def test_old_torch_says_so(root, shell_env):
-    "A PyTorch that cannot divide packed matrices names the version that can"
+    "A PyTorch that cannot divide a model names the version that can"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests/ranks.py"), str(root), "nf4"], env=shell_env, capture_output=True, text=True,
-    )
-    assert done.returncode and "cannot divide packed matrices (use 2.12 or a later one" in done.stderr
+    command += [str(ROOT / "tests/ranks.py"), str(root), "dense"]
+    done = subprocess.run(command, env=shell_env, capture_output=True, text=True)
+    assert done.returncode and "cannot divide a model among processes (use 2.12 or a later one" in done.stderr
 
 
 @pytest.mark.parametrize("name", NAMES)
