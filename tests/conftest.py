@@ -54,7 +54,7 @@ def steps_done(run_dir: Path) -> int:
     return file.read_text().count("\n") if file.exists() else 0
 
 
-def ended(pids: list[int], seconds: float = 10) -> bool:
+def ended(pids: list[int], seconds: float = 30) -> bool:
     "Whether none of some processes lives, soon"
     until = time.time() + seconds
     while (living := any(Path(f"/proc/{p}").exists() for p in pids)) and time.time() < until: time.sleep(0.1)
