@@ -146,7 +146,7 @@ EXPECTED = {
     "dpo_hh.jsonl": (0, 1, ["preference pair"]),
     "dpo_openai.jsonl": (0, 1, ["preference pair"]),
     "dpo_alpaca_list.json": (0, 1, ["preference pair"]),
-}  # noqa: E501
+}
 UNKNOWN = {  # of no format that is known: what the error says
     "latin1.jsonl": "line 1: the text is not UTF-8",
     "no_header.csv": "the first line looks like data",
@@ -684,7 +684,7 @@ ROWS = {  # a row: kept, the contents or words
         True,
         "column settings",
     ),
-}  # noqa: E501
+}
 
 
 @pytest.mark.parametrize("name", FILES)
