@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from mistral_nb import cli
-from mistral_nb.core.config import (
+from mistral_nb.core.config import (, folder_notes
     ConfigError,
     TrainArgs,
     changes,
     check_overlap,
     check_paths,
+    folder_notes,
     load_args,
     parse_yaml,
 )
@@ -222,3 +223,10 @@ def test_secrets_in_addresses():
         with pytest.raises(ConfigError, match="mlflow.tracking_uri: holds a password"):
             load_args(with_value("mlflow.tracking_uri", uri))
     assert load_args(with_value("mlflow.tracking_uri", "https://host/?team=sea")).mlflow.tracking_uri
+
+
+def test_held_out_files_of_a_folder_are_named(tmp_path):
+    "Whatever a file for evaluation is called, a training that reads it says so"
+    for name in ("train", "testset", "held-out", "contest"): (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n')
+    (note,) = folder_notes(tmp_path)
+    assert "held-out.jsonl, testset.jsonl are read for training" in note

@@ -7,8 +7,8 @@ __all__ = ['LONGEST', 'CHOICES', 'ALIASES', 'MOST', 'LARGEST_BATCH', 'RENAMED', 
            'LONG_ROWS', 'OTHER_FILES', 'ConfigError', 'InstructArgs', 'DataArgs', 'LoraArgs', 'OptimArgs', 'WandbArgs',
            'MLFlowArgs', 'TrainArgs', 'hint_for', 'check_sizes', 'shown', 'build', 'SourcePath', 'parse_sources',
            'expand_path', 'check', 'check_uri', 'check_lora', 'check_paths', 'check_overlap', 'not_lines',
-           'is_data_file', 'jsonl_files', 'folder_notes', 'read_yaml', 'parse_yaml', 'load_args', 'to_dict', 'flat',
-           'parse_command', 'changes', 'show_args', 'save_args']
+           'is_data_file', 'jsonl_files', 'split_of', 'folder_notes', 'read_yaml', 'parse_yaml', 'load_args', 'to_dict',
+           'flat', 'parse_command', 'changes', 'show_args', 'save_args']
 
 # %% ../../nbs/core/01_config.ipynb #imports
 import argparse
@@ -451,12 +451,26 @@ def jsonl_files(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.suffix.lower() == ".jsonl" and p.is_file() and is_data_file(p, path))
 
 
+_SPLIT = re.compile(
+    r"(?:^|[^a-z])(?:(?P<train>train(?:ing)?)|test(?:ing|s)?|val(?:id(?:ation)?)?|dev|eval(?:uation)?"
+    r"|h[eo]ld[-_ ]?out)(?:set)?(?:[^a-z]|$)",
+    re.I,
+)
+
+
+def split_of(path: Path, folder: Path) -> str:
+    "`train`, `eval` or nothing: what a file in `folder` is for, by its name or that of a folder on the way."
+    for name in reversed(path.relative_to(folder).parts):
+        if found := _SPLIT.search(name): return "train" if found["train"] else "eval"
+    return ""
+
+
 def folder_notes(path: Path) -> list[str]:
     "What a training does with the files of a folder that nobody might expect: what it does not read, and what it reads as training data."
     if not path.is_dir(): return []
     read = jsonl_files(path)
     others = [p.name for p in sorted(path.rglob("*")) if p.is_file() and p not in read and is_data_file(p, path)]
-    held = [p.name for p in read if re.search(r"(?:^|[^a-z])(?:test|val|valid|validation|dev|eval|holdout)(?:[^a-z]|$)", p.stem.lower())]
+    held = [p.name for p in read if split_of(p, path) == "eval"]
     notes = [f"{path}: files that training does not read: {', '.join(others[:5])}{', …' * (len(others) > 5)}"] if others else []
     if held and len(held) < len(read): notes.append(f"{path}: {', '.join(held[:5])} are read for training, as every .jsonl of a folder is")
     return notes

@@ -8,7 +8,7 @@ __all__ = ['LARGEST', 'MARKS', 'NOT_UTF8', 'LONGEST', 'SPEAKERS', 'NO_MESSAGE', 
            'with_notes', 'loose', 'open_text', 'not_utf8', 'depth', 'joined_lines', 'read_values', 'json_error',
            'is_conversation', 'rows_of', 'rows_of_document', 'by_columns', 'find_separator', 'quoted_throughout',
            'csv_records', 'read_csv', 'read_json_lines', 'rows_of_text', 'read_json', 'read_parquet', 'read_text',
-           'kind_of_file', 'read_file', 'part_of', 'files_in']
+           'kind_of_file', 'read_file', 'files_in']
 
 # %% ../../nbs/data/11_files.ipynb #imports
 import ast
@@ -22,7 +22,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Iterable, Iterator
 
-from ..core.config import is_data_file
+from ..core.config import is_data_file, split_of
 from ..core.html import one_line
 from .schema import SampleError, Where
 
@@ -513,26 +513,12 @@ def read_file(path: Path, notes: Counter) -> Iterator[tuple[Where, Any]]:
         yield last, SampleError(last, f"the file cannot be read{behind}: {one_line(e, 100)}", "", "json")
 
 # %% ../../nbs/data/11_files.ipynb #folder
-_SPLIT = re.compile(
-    r"(?:^|[^a-z])(?:(?P<train>train(?:ing)?)|test(?:ing|s)?|val(?:id(?:ation)?)?|dev|eval(?:uation)?"
-    r"|h[eo]ld[-_ ]?out)(?:set)?(?:[^a-z]|$)",
-    re.I,
-)
-
-
-def part_of(path: Path, folder: Path) -> str:
-    "`train`, `eval` or nothing: what a file in `folder` is for, by its name or that of a folder on the way."
-    for name in reversed(path.relative_to(folder).parts):
-        if found := _SPLIT.search(name): return "train" if found["train"] else "eval"
-    return ""
-
-
 def files_in(folder: Path, notes: Counter) -> list[Path]:
     "The data files of a folder, in order; what is left out is noted."
     every = sorted(p for p in folder.rglob("*") if p.is_file())
     data = [p for p in every if is_data_file(p, folder)]
     readable = [p for p in data if kind_of_file(p) in READABLE]
-    parts = {p: part_of(p, folder) for p in readable}
+    parts = {p: split_of(p, folder) for p in readable}
     chosen = [p for p in readable if parts[p] != "eval"] or readable
     links = [p for p in folder.rglob("*") if p.is_symlink() and p.is_dir()]
     left = {
