@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mistral_nb import cli
-from mistral_nb.core.config import (, folder_notes
+from mistral_nb.core.config import (
     ConfigError,
     TrainArgs,
     changes,
