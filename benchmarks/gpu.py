@@ -156,24 +156,24 @@ def random_model(args: ModelArgs, storage: str, dtype, rank: int):
     "A frozen model with an adapter, made on the device matrix by matrix; experts that are not packed stand behind each other."
     import torch
     from mistral_nb.model import lora
-    from mistral_nb.model.quant import Linear, quantized
+    from mistral_nb.model.quant import Linear, quantize_linear
     from mistral_nb.model.transformer import Transformer
-    from mistral_nb.model.weights import Stacks
+    from mistral_nb.model.weights import ExpertStacks
     here = torch.device(device())
     torch.manual_seed(0)
     with torch.device("meta"): model = Transformer(args)
     matrices = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, Linear)}
-    stacks = Stacks(args) if args.moe and storage == "none" else None
+    stacks = ExpertStacks(args) if args.moe and storage == "none" else None
     for name, p in list(model.named_parameters()):
         w = torch.ones(p.shape, dtype=dtype, device=here)
         if p.dim() == 2: w.normal_(std=1.0 if name == "tok_embeddings.weight" else p.shape[1] ** -0.5)
         if stacks and ".experts." in name: w = stacks.put(name, w, here)
         owner, _, leaf = name.rpartition(".")
         parent, _, last = owner.rpartition(".")
-        if name in matrices: setattr(model.get_submodule(parent), last, quantized(w, storage, dtype))
+        if name in matrices: setattr(model.get_submodule(parent), last, quantize_linear(w, storage, dtype))
         else: setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(w))
-    lora.attach(model, rank, SCALING)
-    for layer in lora.adapters(model).values(): torch.nn.init.zeros_(layer.lora_B.weight)  # A was drawn on the device
+    lora.add_adapters(model, rank, SCALING)
+    for layer in lora.lora_layers(model).values(): torch.nn.init.zeros_(layer.lora_B.weight)  # A was drawn on the device
     return model.train()
 
 
@@ -246,7 +246,7 @@ def step(model: str, storage: str, tokens: int, steps: int, profile: bool, memor
     if not plan.fits: return out | dict(error="does not fit")
     net = random_model(shape.args, storage, dtype, shape.rank)
     net.recompute = plan.recompute
-    optimizer = optim.adamw(checkpoint.trained(net), LR, DECAY)
+    optimizer = optim.adamw(checkpoint.trainable_params(net), LR, DECAY)
     scaler = torch.amp.GradScaler(device()) if dtype == torch.float16 else None
     forget_peak()
     return out | measured(lambda: loop.train_step(net, [batch], optimizer, MAX_NORM, "tokens", scaler, plan.limit)[0], steps, profile)
@@ -357,11 +357,11 @@ def tera(operations: float, run: Callable[[], Any]) -> float:
 def attention(tiny: bool) -> Iterator[list]:
     "Both ways, at many documents and at one; gradients against the loop's."
     import torch
-    from mistral_nb.model.attention import Blocks, block_attention, packed_attention, varlen_attention
+    from mistral_nb.model.attention import BlockIndex, block_attention, packed_attention, varlen_attention
     tokens, heads, kv, width = (256, 4, 2, 32) if tiny else (32768, 32, 8, 128)
     for seqlens in (lengths(tokens, 60 if tiny else 1200), (tokens,)):
         q, k, v = (noise(tokens, n, width, grad=True) for n in (heads, kv, kv))
-        up, blocks, work, seen = noise(tokens, heads, width), Blocks.of(seqlens, device()), sum(2 * n * (n + 1) for n in seqlens) * heads * width, []
+        up, blocks, work, seen = noise(tokens, heads, width), BlockIndex.of(seqlens, device()), sum(2 * n * (n + 1) for n in seqlens) * heads * width, []
         ways = dict(loop=block_attention, varlen=varlen_attention) if device() == "cuda" else dict(loop=block_attention, op=packed_attention)
         for name, way in ways.items():
             def cells() -> list:
@@ -379,7 +379,7 @@ def attention(tiny: bool) -> Iterator[list]:
 def products(tiny: bool) -> Iterator[list]:
     "The matrices of a block in each storage, forward and back, and the output matrix."
     import torch
-    from mistral_nb.model.quant import quantized
+    from mistral_nb.model.quant import quantize_linear
     tokens = 64 if tiny else 8192
     sizes = dict(wq=(128, 128), w1=(128, 256)) if tiny else {"wq, wo": (4096, 4096), "wk, wv": (4096, 1024), "w1, w3": (4096, 14336), "w2": (14336, 4096), "w1, w3 of 12B": (5120, 14336)}
     for name, (i, o) in sizes.items():
@@ -388,12 +388,12 @@ def products(tiny: bool) -> Iterator[list]:
         def cells() -> list:
             out = []
             for kind in ("none", "fp8", "nf4"):
-                linear = quantized(w, kind, w.dtype)
-                out.append(tera(work, lambda: linear.multiply(x)))
+                linear = quantize_linear(w, kind, w.dtype)
+                out.append(tera(work, lambda: linear.matmul(x)))
                 if kind == "fp8":
-                    ready = linear.prepare(x)
-                    out.append(tera(work, lambda: linear.multiply(x, ready)))
-                out.append(tera(work, lambda: linear.pull(dy)))
+                    ready = linear.quantize_input(x)
+                    out.append(tera(work, lambda: linear.matmul(x, ready)))
+                out.append(tera(work, lambda: linear.matmul_transposed(dy)))
             return out
         with torch.no_grad(): row = tried(cells, 7)
         yield [name, i, o, tokens, *row]
@@ -433,13 +433,13 @@ def loss(tiny: bool) -> Iterator[list]:
 def experts(tiny: bool) -> Iterator[list]:
     "One product for all experts against one after the other, rows spread evenly and unevenly."
     import torch
-    from mistral_nb.model.fused import Part
-    from mistral_nb.model.moe import Grouped, Loop
+    from mistral_nb.model.fused import LoraSpec
+    from mistral_nb.model.moe import GroupedExperts, LoopedExperts
     from mistral_nb.model.quant import Linear
     n, rank, rows, sizes = (4, 8, 128, dict(w1=(128, 256))) if tiny else (8, RANK, 32768, dict(w1=(4096, 14336), w2=(14336, 4096)))
     for (name, (i, o)), even in [(s, e) for s in sizes.items() for e in (True, False)]:
         weights = noise(n, o, i) * i**-0.5
-        parts = [Part(Linear(i, o, torch.nn.Parameter(w, requires_grad=False)), SCALING) for w in weights]
+        parts = [LoraSpec(Linear(i, o, torch.nn.Parameter(w, requires_grad=False)), SCALING) for w in weights]
         pairs = [t.float() for _ in range(n) for t in (noise(rank, i) * i**-0.5, noise(o, rank) * 0.01)]
         counts = [rows // n] * n if even else [rows // 2, *[rows // 2 // (n - 1)] * (n - 2)]
         ends = torch.tensor([*counts, rows - sum(counts)][:n], device=device()).cumsum(0, dtype=torch.int32)
@@ -447,7 +447,7 @@ def experts(tiny: bool) -> Iterator[list]:
         work = rows * (4 * i * o + 6 * rank * (i + o))
         for way in ("loop", "grouped"):
             def cells() -> list:
-                make = (lambda: Loop(parts, ends)) if way == "loop" else (lambda: Grouped(parts, ends, weights))
+                make = (lambda: LoopedExperts(parts, ends)) if way == "loop" else (lambda: GroupedExperts(parts, ends, weights))
 
                 def run() -> list:
                     product = make()
@@ -472,9 +472,9 @@ def pieces(tiny: bool) -> Iterator[list]:
     tokens, dim, hidden, heads, width = (64, 128, 256, 4, 32) if tiny else (32768, 4096, 14336, 32, 128)
     x, dy, w, q = noise(tokens, dim), noise(tokens, dim), noise(dim), noise(tokens, heads, width)
     g, u, dh = (noise(tokens, hidden) for _ in range(3))
-    r = fused.norm(x, w, EPS)[1]
+    r = fused.rms_norm(x, w, EPS)[1]
     table = rope_table(torch.arange(tokens, device=device()) % 1200, width, 1e6)
-    calls = [(fused.norm, (x, w, EPS)), (fused.norm_again, (x, w, r)), (fused.norm_back, (dy, x, w, r)), (fused.turn, (q, *table)), (fused.gate, (g, u)), (fused.gate_back, (dh, g, u)), (fp8_rows, (x,))]
+    calls = [(fused.rms_norm, (x, w, EPS)), (fused.rms_norm_recompute, (x, w, r)), (fused.rms_norm_backward, (dy, x, w, r)), (fused.fused_rope, (q, *table)), (fused.swiglu, (g, u)), (fused.swiglu_backward, (dh, g, u)), (fp8_rows, (x,))]
     size = lambda ts: sum(t.numel() * t.element_size() for t in ts if isinstance(t, torch.Tensor))
     for made, args in calls:
         if not isinstance(made, fused.compiled): made = fused.compiled(made)  # the package runs it as written: what it could be

@@ -24,12 +24,12 @@ def memory() -> tuple[int, int]:
 
 def load(folder: Path, kind: str) -> dict:
     "Peak of this rank's memory above its start while it loads its rows, and what it holds then."
-    from mistral_nb.model.quant import local
+    from mistral_nb.model.quant import local_rows
     from mistral_nb.model.weights import load_model
     from mistral_nb.train import dist
     import torch.distributed.fsdp  # noqa: F401  before memory is counted
-    ranks = dist.start()
-    place = dist.sharded("cpu", lambda name, p: p.dim() < 2)
+    ranks = dist.join_group()
+    place = dist.fsdp_placer("cpu", lambda name, p: p.dim() < 2)
     start, peak, done = memory(), [0, 0], Event()
 
     def watch() -> None:
@@ -41,8 +41,8 @@ def load(folder: Path, kind: str) -> dict:
     seconds = time.perf_counter() - began
     done.set()
     thread.join()
-    out = dist.all_objects(dict(held=sum(local(p.detach()).nbytes for p in model.parameters()), own=peak[0] - start[0], mapped=peak[1] - start[1], seconds=seconds))
-    dist.end()
+    out = dist.all_gather_object(dict(held=sum(local_rows(p.detach()).nbytes for p in model.parameters()), own=peak[0] - start[0], mapped=peak[1] - start[1], seconds=seconds))
+    dist.leave_group()
     return out if ranks.main else []
 
 
@@ -64,10 +64,10 @@ def counting(found: dict[str, int]):
 
 def theory(job, pieces: int) -> dict[str, int]:
     "Bytes of one step: the adapter's gradients once; for each piece of a divided model every layer and both tables, forward and backward (PyTorch fetches the embedding for the backward pass too, which does not need it)."
-    from mistral_nb.model.args import linears
+    from mistral_nb.model.args import linear_shapes
     from mistral_nb.train.plan import n_trained
     a = job.model
-    rows = sum(n * i * o for n, i, o in linears(a).values()) + 2 * a.vocab_size * a.dim
+    rows = sum(n * i * o for n, i, o in linear_shapes(a).values()) + 2 * a.vocab_size * a.dim
     return {"allreduce_": 4 * n_trained(job)} | ({"_allgather_base_": pieces * 2 * rows * job.size} if job.shares > 1 else {})
 
 
@@ -91,7 +91,7 @@ def steps(folder: Path, placement: str, rank: int) -> dict:
         t.one_step()
     files = sum(f.stat().st_size for f in t.writer.newest.rglob("*") if f.is_file()) if t.writer.newest else 0
     out = dict(counted=counted, theory=theory(t.plan.job, 1), waits=min(waits), whole=min(whole), bytes=files)
-    dist.end()
+    dist.leave_group()
     return out if t.ranks.main else {}
 
 
@@ -119,7 +119,7 @@ def main() -> None:
         found = load(Path(folder), *more) if what == "load" else steps(Path(folder), more[0], int(more[1]))
         if found: print("found", json.dumps(found))
         from mistral_nb.train import dist
-        dist.leave(0)
+        dist.exit_process(0)
     from mistral_nb.core.html import Table
     mib, ok = lambda n: round(n / 2**20, 1), True
     with tempfile.TemporaryDirectory(dir=options.folder) as name:

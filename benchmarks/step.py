@@ -58,7 +58,7 @@ def make_folder(folder: Path, shape: dict, peers: bool) -> None:
     else:
         own = args.from_hf(shape)
         weights.save_model(weights.init_model(own).state_dict(), own, folder)
-    model = lora.attach(weights.load_model(folder), RANK, SCALING)
+    model = lora.add_adapters(weights.load_model(folder), RANK, SCALING)
     lora.init_lora(model, 0)
     weights.save_tensors(lora.adapter_state(model), folder / "start.safetensors")
 
@@ -68,9 +68,9 @@ def build_ours(folder: Path, batch) -> tuple[object, Step]:
     from safetensors.torch import load_file
     from mistral_nb.model import lora, weights
     from mistral_nb.train import checkpoint, loop, optim
-    model = lora.attach(weights.load_model(folder), RANK, SCALING)
+    model = lora.add_adapters(weights.load_model(folder), RANK, SCALING)
     lora.load_adapter_state(model, load_file(folder / "start.safetensors"))
-    optimizer = optim.adamw(checkpoint.trained(model).values(), LR, DECAY)
+    optimizer = optim.adamw(checkpoint.trainable_params(model).values(), LR, DECAY)
     return model, lambda: loop.train_step(model, [batch], optimizer, MAX_NORM)[0]
 
 

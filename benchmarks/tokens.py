@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from mistral_nb.core.html import Table
-from mistral_nb.data.cache import cores
+from mistral_nb.data.cache import available_cores
 
 WAYS: dict[str, Callable[..., dict]] = {}
 
@@ -68,7 +68,7 @@ def cached(**options) -> dict:
 def packing(file: str, tokenizer: str, chunk: bool, cache: str, seq_len: int, kind: str) -> dict:
     "Positions of rows per CPU second, over three epochs: `lists`, `plan` (who shares a row) or `batches` (the rows as arrays)."
     import plain as baseline
-    from mistral_nb.data.batches import Source, Tokenized, train_batches
+    from mistral_nb.data.batches import Source, TokenizedSource, train_batches
     from mistral_nb.data.cache import tokenize_file
     from mistral_nb.data.tokens import load_tokenizer
     found = tokenize_file(file, load_tokenizer(tokenizer), chunk=chunk, cache=cache)
@@ -76,7 +76,7 @@ def packing(file: str, tokenizer: str, chunk: bool, cache: str, seq_len: int, ki
         samples = [(s.tokens.tolist(), s.mask.tolist()) for s in map(found.sample, range(min(len(found), 4000)))]
         rows, took = timed(lambda: sum(1 for _ in baseline.python_list_packer(samples, seq_len)))
         return took | dict(positions=rows * seq_len, fill=1.0)
-    batches = train_batches([Tokenized(Source(Path(file)), [found])], seq_len)
+    batches = train_batches([TokenizedSource(Source(Path(file)), [found])], seq_len)
     wanted = int(3 * found.length.sum(dtype="int64") / seq_len)
     rows, took = timed(lambda: sum(1 for _ in (islice(batches, wanted) if kind == "batches" else (batches.plan() for _ in range(wanted)))))
     return took | dict(positions=rows * seq_len, fill=batches.counts.fill)
@@ -102,7 +102,7 @@ def speed(folder: Path, files: dict[str, tuple[Path, int, bool]]) -> Table:
     for what, (file, n, chunk) in files.items():
         for tokenizer in ("v3", "v3-tekken"):
             common, cases = dict(file=str(file), tokenizer=tokenizer, chunk=chunk), {"plain loop": measure("plain", file=str(file), tokenizer=tokenizer, chunk=chunk)}
-            for workers in sorted({1, 2, cores(), cores() // 2} - {0}):
+            for workers in sorted({1, 2, available_cores(), available_cores() // 2} - {0}):
                 cases[f"ours, cold, {workers} process{'es' * (workers > 1)}"] = measure("cold", **common, cache=str(folder / f"cache{workers}"), workers=workers)
             cases["ours, from cache"] = measure("cached", **common, cache=str(folder / "cache1"))
             base = cases["plain loop"]
@@ -130,7 +130,7 @@ def sizes(folder: Path, counts: list[int]) -> Table:
     for n in counts:
         file = folder / f"short{n}.jsonl"
         corpus.write_lines(file, corpus.short_chat, n, 3)
-        made = measure("cold", file=str(file), tokenizer="v3-tekken", chunk=False, cache=str(folder / "cache"), workers=cores())
+        made = measure("cold", file=str(file), tokenizer="v3-tekken", chunk=False, cache=str(folder / "cache"), workers=available_cores())
         read = measure("cached", file=str(file), tokenizer="v3-tekken", chunk=False, cache=str(folder / "cache"))
         rows.append([n, round(file.stat().st_size / 1e6), made["tokens"], round(made["seconds"], 1), round(made["peak"]), round(read["opened"], 2), round(read["own"])])
         file.unlink()
@@ -153,7 +153,7 @@ def main() -> None:
         return
     import corpus
     chats, calls, rows = (200, 40, [500, 2000]) if options.tiny else (options.chats, options.calls, options.rows)
-    print(f"mistral-common {version('mistral-common')}, {cores()} cores, {chats:,} chats, {calls:,} tool conversations with all their beginnings\n")
+    print(f"mistral-common {version('mistral-common')}, {available_cores()} cores, {chats:,} chats, {calls:,} tool conversations with all their beginnings\n")
     with tempfile.TemporaryDirectory() as d:
         folder, files = Path(d), {}
         for what, make, n, chunk in (("chats", corpus.chat, chats, False), ("tools", corpus.tool_chat, calls, True)):

@@ -22,10 +22,10 @@ from .core.html import safe_text
 # %% ../nbs/90_cli.ipynb #demo
 def cmd_demo(args: argparse.Namespace) -> int:
     "Make a tiny model, train it, ask it."
-    from mistral_nb.data.batches import describe
+    from mistral_nb.data.batches import sources_table
     from mistral_nb.data.schema import read_samples
     from mistral_nb.data.view import show
-    from mistral_nb.demo import demo_settings, held_out, make_demo, new_run_dir, sample_rows, score
+    from mistral_nb.demo import demo_settings, held_out, make_demo, new_run_dir, sample_rows, count_exact
     from mistral_nb.infer.generate import Chat
     from mistral_nb.train.loop import Trainer
     folder, began = Path(args.folder), time.perf_counter()
@@ -34,7 +34,7 @@ def cmd_demo(args: argparse.Namespace) -> int:
     rows = {name: sum(1 for _ in read_samples(folder / "data/formats" / name, kind)) for name, (kind, _) in sample_rows().items()}
     print("formats read: " + ", ".join(f"{name} ({n})" for name, n in rows.items()) + "\n")
     trainer = Trainer(demo_settings(folder, new_run_dir(folder), max_steps=args.steps, seed=args.seed))
-    print(describe(trainer.data + trainer.eval_data), "\n")
+    print(sources_table(trainer.data + trainer.eval_data), "\n")
     row = json.loads((folder / "data/train.jsonl").read_text(encoding="utf-8").split("\n")[0])
     print("one sample; what stands between ⟦ and ⟧ is trained on:\n", show(row, trainer.tokenizer), "\n", sep="")
     print(trainer, "\n")
@@ -47,7 +47,7 @@ def cmd_demo(args: argparse.Namespace) -> int:
     seconds, after = time.perf_counter() - began, trainer.evaluate()
     print(f"\ntrained {args.steps} steps in {seconds:.1f} s, eval loss {before.loss:.4f} -> {after.loss:.4f}")
     print(replace(chat.compare(questions[::2]), width=40), "\n")
-    right = [score(a, list(expected)) for a in (before_answers, chat.answers(questions))]
+    right = [count_exact(a, list(expected)) for a in (before_answers, chat.answers(questions))]
     print(f"held-out questions answered: {right[0]} of {len(questions)} before, {right[1]} of {len(questions)} after")
     print(f"adapter: {history.checkpoint}/consolidated/lora.safetensors")
     print(f"chat with it: mistral-nb chat {folder}/model --adapter {history.checkpoint}")
@@ -56,8 +56,8 @@ def cmd_demo(args: argparse.Namespace) -> int:
 # %% ../nbs/90_cli.ipynb #train
 def cmd_train(args: argparse.Namespace) -> int:
     "Train as a YAML file says; the same as python -m mistral_nb.train."
-    from mistral_nb.train.__main__ import run
-    return run(args.config, args.overrides + ["resume=true"] * args.resume)
+    from mistral_nb.train.__main__ import run_training
+    return run_training(args.config, args.overrides + ["resume=true"] * args.resume)
 
 
 def _chat(args: argparse.Namespace) -> Any:
@@ -83,8 +83,8 @@ def cmd_plan(args: argparse.Namespace) -> int:
 
 def cmd_runs(args: argparse.Namespace) -> int:
     "The runs in a folder."
-    from mistral_nb.train.metrics import runs
-    print(runs(args.folder))
+    from mistral_nb.train.metrics import list_runs
+    print(list_runs(args.folder))
     return 0
 
 
@@ -113,15 +113,15 @@ def cmd_chat(args: argparse.Namespace) -> int:
 
 def cmd_show(args: argparse.Namespace) -> int:
     "Tokens and loss mask of lines of a data file."
-    from mistral_nb.data.schema import Where, parse_line, read_lines
+    from mistral_nb.data.schema import Location, parse_line, read_lines
     from mistral_nb.data.tokens import encode, load_tokenizer
-    from mistral_nb.data.view import as_text, show
+    from mistral_nb.data.view import tokens_as_text, show
     tokenizer, found = load_tokenizer(args.tokenizer), 0
     for n, line in read_lines(args.file):
         if not args.line <= n < args.line + args.count: continue
-        where, found = Where(args.file, n), found + 1
+        where, found = Location(args.file, n), found + 1
         view = show(encode(parse_line(line, args.kind, where, tokenizer.version), tokenizer, where), tokenizer, limit=args.limit)
-        print(f"{safe_text(args.file)}, line {n}\n{as_text(view, args.color or sys.stdout.isatty())}\n")
+        print(f"{safe_text(args.file)}, line {n}\n{tokens_as_text(view, args.color or sys.stdout.isatty())}\n")
     if not found: raise ValueError(f"{args.file} has no line {args.line}")
     return 0
 
@@ -159,9 +159,9 @@ def cmd_convert(args: argparse.Namespace) -> int:
 
 def cmd_cache(args: argparse.Namespace) -> int:
     "What is kept of tokenized files; --clear deletes it."
-    from mistral_nb.data.cache import cached, clear_cache
+    from mistral_nb.data.cache import cache_table, clear_cache
     if args.clear: print(f"freed {clear_cache(args.folder):,} bytes")
-    else: print(cached(args.folder))
+    else: print(cache_table(args.folder))
     return 0
 
 # %% ../nbs/90_cli.ipynb #parser

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mistral_nb.model.quant import local
+from mistral_nb.model.quant import local_rows
 from mistral_nb.train import dist
 from mistral_nb.train.loop import Trainer
 
@@ -42,19 +42,19 @@ def trainer(root: Path, name: str, ranks: int, **values) -> Trainer:
 
 def held(model: torch.nn.Module) -> int:
     "Bytes of the weights that this process holds"
-    return sum(local(p.detach()).nbytes for p in model.parameters())
+    return sum(local_rows(p.detach()).nbytes for p in model.parameters())
 
 
 def numbers(t: Trainer) -> dict:
     "Losses, gradient norms and evaluation of a run, and what each rank holds"
     records = list(t.steps())
-    return dict(loss=[r.loss for r in records], norm=[r.grad_norm for r in records], eval=records[-1].eval.loss, held=dist.all_objects(held(t.model)), divided=dist.is_divided(t.model))
+    return dict(loss=[r.loss for r in records], norm=[r.grad_norm for r in records], eval=records[-1].eval.loss, held=dist.all_gather_object(held(t.model)), divided=dist.is_fsdp(t.model))
 
 
 def goes_on(root: Path, name: str) -> Trainer:
     "The run of one process, resumed by two that divide the model"
     copy = root / f"{name}.1to2"
-    if dist.start().main: shutil.copytree(root / f"{name}.1", copy)
+    if dist.join_group().main: shutil.copytree(root / f"{name}.1", copy)
     dist.barrier()
     return trainer(root, name, 2, run_dir=str(copy), resume=True, max_steps=5)
 
@@ -64,9 +64,9 @@ def main(root: Path, names: list[str]) -> None:
     if nodes := os.environ.get("NODES"): os.environ["LOCAL_WORLD_SIZE"] = str(ranks // int(nodes))
     for name in names: out[name] = numbers(trainer(root, name, ranks, **(dict(placement="hybrid", run_dir=str(root / f"{name}.hybrid")) if nodes else {})))
     if ranks == 2 and set(GOES_ON) <= set(names): out |= {f"{name} goes on": numbers(goes_on(root, name)) for name in GOES_ON}
-    if dist.start().main: (root / f"{ranks}{'.hybrid' if nodes else ''}.json").write_text(json.dumps(out))
-    dist.end()
-    dist.leave(0)
+    if dist.join_group().main: (root / f"{ranks}{'.hybrid' if nodes else ''}.json").write_text(json.dumps(out))
+    dist.leave_group()
+    dist.exit_process(0)
 
 
 if __name__ == "__main__": main(Path(sys.argv[1]), sys.argv[2:])

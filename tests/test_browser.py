@@ -16,7 +16,7 @@ import pytest
 from mistral_nb.core.config import DataArgs
 from mistral_nb.core.config import TrainArgs
 from mistral_nb.core.html import Table
-from mistral_nb.core.html import visible
+from mistral_nb.core.html import reveal_hidden
 from mistral_nb.data.batches import Source
 from mistral_nb.data.batches import eval_batches
 from mistral_nb.data.batches import tokenize_source
@@ -24,7 +24,7 @@ from mistral_nb.data.check import check
 from mistral_nb.data.convert import convert
 from mistral_nb.data.rows import write_rows
 from mistral_nb.data.tokens import load_tokenizer
-from mistral_nb.data.view import STYLE
+from mistral_nb.data.view import KIND_STYLES
 from mistral_nb.data.view import show
 
 CHROME = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -184,7 +184,7 @@ def page(html, theme):
 
 def driver(names):
     "The document that loads all others in frames and reports"
-    facts = "".join(f"const {k} = {json.dumps(v)};" for k, v in dict(STYLE=STYLE, NAMES=names, THEMES=list(THEMES), WIDTHS=WIDTHS).items())
+    facts = "".join(f"const {k} = {json.dumps(v)};" for k, v in dict(STYLE=KIND_STYLES, NAMES=names, THEMES=list(THEMES), WIDTHS=WIDTHS).items())
     return f"<!doctype html><meta charset=utf-8><body><script>window.hacked = []; window.hack = n => hacked.push(n);{facts}{CHECKS}</script></body>"
 
 
@@ -242,7 +242,7 @@ def seen(made):
 
 def test_the_test_sees():
     "The same payloads without escaping run, ask for files and make elements: the checks find them"
-    grey = f'<div style="{STYLE["prompt"]}"><span title="x" style="color:#888">t</span></div>'
+    grey = f'<div style="{KIND_STYLES["prompt"]}"><span title="x" style="color:#888">t</span></div>'
     found, asked = browse({"raw": "".join(MARKUP[:12]), "wide": "W" * 3000, "grey": grey})
     raw = found["raw light 1280"]
     assert {1, 2, 10} <= set(raw["hacked"]) and {"/leak.js", "/leak.png"} <= set(asked)
@@ -279,7 +279,7 @@ def test_text_to_the_letter(seen, name):
 def test_hidden_characters(seen, made):
     "Direction marks, control characters and halves of characters are spelled out"
     for name in ("row-v3", "row-v3-tekken", "batch", "table", "gallery", "report", "converted"):
-        assert [c for c in seen.at(name)["text"] if c not in "\n\t" and visible("x" + c) != "x" + c] == [], name
+        assert [c for c in seen.at(name)["text"] if c not in "\n\t" and reveal_hidden("x" + c) != "x" + c] == [], name
     for mark in ("⟨U+202E⟩", "⟨U+2066⟩", "⟨U+200B⟩", "⟨U+0000⟩", "⟨U+001B⟩"): assert mark in seen.at("table")["text"]
 
 
@@ -308,7 +308,7 @@ def test_names_and_findings(seen, made):
     assert "onmouseover" in seen.at("converted")["text"] and "<script>hack(1)" in seen.at("converted")["text"]
     repairs = [(f.before, f.after) for f in made.shown["report"].findings if f.before and f.code == "no-data"]
     assert sum("hack(" in b and "hack(" in a for b, a in repairs) > 5
-    assert all(visible(t) in seen.at("findings")["text"] for pair in repairs for t in pair)
+    assert all(reveal_hidden(t) in seen.at("findings")["text"] for pair in repairs for t in pair)
 
 
 def test_unseen_characters(seen):
@@ -322,7 +322,7 @@ def test_trained_elements(seen, made):
     kinds = seen.at("batch")["kinds"]
     assert made.batch.mask.sum() > 100 and len(made.batch.seqlens) > 3 and made.batch.padding
     assert kinds["trained"] + kinds["stop"] == made.batch.mask.sum() and kinds["padding"] == 0
-    assert kinds == {k: made.shown["batch"].kinds.count(k) if k != "padding" else 0 for k in STYLE}
+    assert kinds == {k: made.shown["batch"].kinds.count(k) if k != "padding" else 0 for k in KIND_STYLES}
 
 
 @pytest.mark.parametrize("name,theme,width", [v for v in VIEWS if v[1] == "light"])

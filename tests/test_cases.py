@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from mistral_nb import cli
-from mistral_nb.core.config import folder_notes, jsonl_files, not_lines
+from mistral_nb.core.config import folder_notes, jsonl_files, why_not_jsonl
 from mistral_nb.data.check import check
 from mistral_nb.data.convert import convert
-from mistral_nb.data.formats import UnknownFormat, guess_format
+from mistral_nb.data.formats import UnknownFormatError, guess_format
 from mistral_nb.data.rows import read_rows, write_rows
 from mistral_nb.data.schema import SampleError, parse_row
-from mistral_nb.data.tokens import certify, encode_all, load_tokenizer
+from mistral_nb.data.tokens import certify, encode_with_prefixes, load_tokenizer
 
 CASES = Path(__file__).parent / "cases"
 VERSIONS = ("v2", "v3", "v3-tekken", "v7")
@@ -186,7 +186,7 @@ def test_case(name):
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_unknown(name):
-    with pytest.raises(UnknownFormat) as error: convert(CASES / name)
+    with pytest.raises(UnknownFormatError) as error: convert(CASES / name)
     assert UNKNOWN[name] in str(error.value)
 
 
@@ -372,7 +372,7 @@ def test_raw_parts(tmp_path):
         for version in ("v2", "v3", "v7"):
             tokenizer = load_tokenizer(version)
             sample = parse_row(row, version=version)
-            ids = encode_all(sample, tokenizer)[0].tokens.tolist()
+            ids = encode_with_prefixes(sample, tokenizer)[0].tokens.tolist()
             assert text in tokenizer.decode(ids) and certify(sample, tokenizer).ok
 
 
@@ -383,7 +383,7 @@ def test_beginnings():
     whole = rows_of("content_and_call.jsonl", version="v7")[0]
     assert whole["messages"][1]["content"] == "One moment." and "tool_calls" in whole["messages"][1]
     for row in (raw, whole, rows_of("content_and_call.jsonl")[0]):
-        samples = encode_all(parse_row(row, version="v7"), tokenizer)
+        samples = encode_with_prefixes(parse_row(row, version="v7"), tokenizer)
         trained = [tokenizer.decode(s.tokens[s.mask].tolist(), special=True) for s in samples]
         assert (
             len(trained) == 2
@@ -392,8 +392,8 @@ def test_beginnings():
         )
     only_last = {"only_last": True, "messages": [*rows_of("same_role.jsonl")[0]["messages"]]}
     assert (
-        len(encode_all(parse_row(only_last), tokenizer)) == 1
-        and len(encode_all(parse_row(only_last), load_tokenizer("v3"))) == 2
+        len(encode_with_prefixes(parse_row(only_last), tokenizer)) == 1
+        and len(encode_with_prefixes(parse_row(only_last), load_tokenizer("v3"))) == 2
     )
 
 
@@ -456,7 +456,7 @@ def test_what_to_type(name, capsys):
     if name in ("capital.jsonl", "columns.json"):  # lines of JSON, of other rows
         assert "mistral-nb convert" in check(CASES / name).findings[0].problem
         return
-    assert "mistral-nb convert" in not_lines(CASES / name)
+    assert "mistral-nb convert" in why_not_jsonl(CASES / name)
     assert cli.main(["check", str(CASES / name)]) == 1
     assert f"mistral-nb convert {CASES / name}" in capsys.readouterr().err
 
@@ -526,7 +526,7 @@ def test_check_counts_beginnings():
     "A file and a run count the same tokens of tool conversations"
     report = check(CASES / "content_and_call.jsonl", "v7")
     row = parse_row(json.loads((CASES / "content_and_call.jsonl").read_text()), version="v7")
-    assert sum(d.tokens for d in report.data()) == sum(len(s) for s in encode_all(row, load_tokenizer("v7")))
+    assert sum(d.tokens for d in report.data()) == sum(len(s) for s in encode_with_prefixes(row, load_tokenizer("v7")))
 
 
 def test_empty_is_not_full(tmp_path):
@@ -544,7 +544,7 @@ def test_refused_as_by_the_reference():
         {"messages": [{"role": "user", "content": []}, messages[1]]},
         {"messages": [messages[0], {"role": "assistant", "content": []}]},
     ):
-        with pytest.raises(SampleError): encode_all(parse_row(row), load_tokenizer("v3"))
+        with pytest.raises(SampleError): encode_with_prefixes(parse_row(row), load_tokenizer("v3"))
 
 
 def test_guess_says_one_document():
@@ -693,7 +693,7 @@ def test_more_files(name, tmp_path):
     (tmp_path / name).write_bytes(data)
     began = time.process_time()
     try: done = convert(tmp_path / name)
-    except UnknownFormat as e: found = (0, refused, str(e))
+    except UnknownFormatError as e: found = (0, refused, str(e))
     else:
         found = (done.kept, len(done.refused), "\n".join([*done.notes, *(r["reason"] for r in done.refused)]))
     assert found[:2] == (kept, refused) and not [w for w in words if w not in found[2]], found

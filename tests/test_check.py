@@ -14,13 +14,13 @@ from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from mistral_nb.data.check import KEPT
-from mistral_nb.data.check import MOST
+from mistral_nb.data.check import MAX_KEPT_FINDINGS
 from mistral_nb.data.check import REJECTED
 from mistral_nb.data.check import REPAIRED
-from mistral_nb.data.check import Report
+from mistral_nb.data.check import CheckReport
 from mistral_nb.data.check import check
 from mistral_nb.data.schema import SampleError
-from mistral_nb.data.schema import Where
+from mistral_nb.data.schema import Location
 from mistral_nb.data.schema import parse_line
 from mistral_nb.data.tokens import Tokenizer
 from mistral_nb.data.tokens import certify
@@ -388,7 +388,7 @@ SEEN = {  # damages that training lives with: what must be said of them, unless 
 
 def strict(text: bytes, file: str, n: int, tokenizer: Tokenizer) -> bool:
     "Whether training takes a line"
-    try: return bool(encode(parse_line(text, "instruct", Where(file, n), tokenizer.version), tokenizer))
+    try: return bool(encode(parse_line(text, "instruct", Location(file, n), tokenizer.version), tokenizer))
     except SampleError: return False
 
 
@@ -432,9 +432,9 @@ def write_lines(path: Path, names: list[str | None], seed: int) -> Path:
     return path
 
 
-def by_line(report: Report) -> dict[int, set[str]]:
+def by_line(report: CheckReport) -> dict[int, set[str]]:
     "Codes of each line; every finding is of this file"
-    assert {f.file for f in report.findings} <= {str(report.files[0].file)} and max(report.counts.values(), default=0) <= MOST
+    assert {f.file for f in report.findings} <= {str(report.files[0].file)} and max(report.counts.values(), default=0) <= MAX_KEPT_FINDINGS
     out: dict[int, set[str]] = {}
     for f in report.findings: out.setdefault(f.line, set()).add(f"{f.level}:{f.code}")
     return out
@@ -445,7 +445,7 @@ def served_alike(line: bytes, tokenizer) -> bool:
     return certify(parse_line(line, version=tokenizer.version), tokenizer).ok
 
 
-def problems(path: Path, names: list[str | None], report: Report, version: str) -> dict[str, str]:
+def problems(path: Path, names: list[str | None], report: CheckReport, version: str) -> dict[str, str]:
     "What `check` got wrong: a damage, and how"
     tokenizer, codes, state, out = tokenizer_of(version), by_line(report), report.files[0].state, {}
     lines = path.read_bytes().split(b"\n")[:-1]
@@ -463,7 +463,7 @@ def problems(path: Path, names: list[str | None], report: Report, version: str) 
     return out
 
 
-def check_corrected(path: Path, report: Report, version: str) -> None:
+def check_corrected(path: Path, report: CheckReport, version: str) -> None:
     "Corrected and rejected files add up to the original, which stays; the corrected one is good"
     before, state = path.read_bytes(), report.files[0].state
     corrected, rejected = path.with_name(path.name + ".corrected"), path.with_name(path.name + ".rejected")

@@ -6,7 +6,7 @@ import torch
 
 from mistral_nb.model import fused
 from mistral_nb.model.attention import rope_table
-from mistral_nb.model.quant import Int8Linear, NF4Linear, fp8_rows, levels, unpack_int8, unpack_nf4
+from mistral_nb.model.quant import Int8Linear, NF4Linear, fp8_rows, nf4_levels, unpack_int8, unpack_nf4
 
 LENGTHS = (7, 40, 33, 128, 1000)
 
@@ -18,15 +18,15 @@ def packed(kind: type, T: int) -> tuple[torch.Tensor, ...]: return kind.pack(tor
 
 
 PIECES = {
-    "norm": (fused.norm, lambda T: (rows(T, 64), torch.randn(64), 1e-5)),
-    "norm_again": (fused.norm_again, lambda T: (rows(T, 64), torch.randn(64), rows(T, 1).abs())),
-    "norm_back": (fused.norm_back, lambda T: (rows(T, 64), rows(T, 64), torch.randn(64), rows(T, 1).abs())),
-    "turn": (fused.turn, lambda T: (rows(T, 4, 16), *rope_table(torch.arange(T), 16, 1e4))),
-    "gate": (fused.gate, lambda T: (rows(T, 64), rows(T, 64))),
-    "gate_back": (fused.gate_back, lambda T: (rows(T, 64), rows(T, 64), rows(T, 64))),
+    "norm": (fused.rms_norm, lambda T: (rows(T, 64), torch.randn(64), 1e-5)),
+    "norm_again": (fused.rms_norm_recompute, lambda T: (rows(T, 64), torch.randn(64), rows(T, 1).abs())),
+    "norm_back": (fused.rms_norm_backward, lambda T: (rows(T, 64), rows(T, 64), torch.randn(64), rows(T, 1).abs())),
+    "turn": (fused.fused_rope, lambda T: (rows(T, 4, 16), *rope_table(torch.arange(T), 16, 1e4))),
+    "gate": (fused.swiglu, lambda T: (rows(T, 64), rows(T, 64))),
+    "gate_back": (fused.swiglu_backward, lambda T: (rows(T, 64), rows(T, 64), rows(T, 64))),
     "fp8_rows": (fp8_rows, lambda T: (rows(T, 64),)),
     "fp8_rows_scaled": (fp8_rows, lambda T: (rows(T, 64), torch.rand(1, 64))),
-    "unpack_nf4": (unpack_nf4, lambda T: (*packed(NF4Linear, T), levels(torch.device("cpu"))[1], torch.float32)),
+    "unpack_nf4": (unpack_nf4, lambda T: (*packed(NF4Linear, T), nf4_levels(torch.device("cpu"))[1], torch.float32)),
     "unpack_int8": (unpack_int8, lambda T: (*packed(Int8Linear, T), torch.float32)),
 }
 

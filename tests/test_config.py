@@ -12,7 +12,7 @@ from mistral_nb import cli
 from mistral_nb.core.config import (
     ConfigError,
     TrainArgs,
-    changes,
+    non_defaults,
     check_overlap,
     check_paths,
     folder_notes,
@@ -110,7 +110,7 @@ def test_odd_value(name, monkeypatch):
             assert name.split(".")[0] in said or name.split(".")[-1] in said or isinstance(value, dict), said
             assert len(said) < 1000 and "\n" not in said
         else:
-            taken = dict((n, v) for n, v, _ in changes(args))
+            taken = dict((n, v) for n, v, _ in non_defaults(args))
             default = TrainArgs()
             for part in name.split("."): default = getattr(default, part)
             assert is_dataclass(default) or name in taken or taken_as(args, name) == default

@@ -19,7 +19,7 @@ from mistral_nb.data.batches import placed_lengths
 from mistral_nb.data.batches import Source
 from mistral_nb.data.batches import tokenize_source
 from mistral_nb.data.batches import train_batches
-from mistral_nb.data.cache import cached
+from mistral_nb.data.cache import cache_table
 from mistral_nb.data.cache import tokenize_file
 from mistral_nb.data.fast import text_encoder
 from mistral_nb.data.pack import PackCounts
@@ -28,7 +28,7 @@ from mistral_nb.data.schema import parse_line
 from mistral_nb.data.schema import parse_row
 from mistral_nb.data.schema import read_lines
 from mistral_nb.data.tokens import encode
-from mistral_nb.data.tokens import encode_all
+from mistral_nb.data.tokens import encode_with_prefixes
 from mistral_nb.data.tokens import load_tokenizer
 
 WORDS = "the tide comes in twice a day and the moon pulls it along the coast where boats wait for water".split()
@@ -77,7 +77,7 @@ def test_rows_of_every_version(tmp_path, version):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     found = tokenize_file(file, tokenizer, chunk=True)
-    strict = [s for row in rows for s in encode_all(parse_row(row, version=tokenizer.version), tokenizer)]
+    strict = [s for row in rows for s in encode_with_prefixes(parse_row(row, version=tokenizer.version), tokenizer)]
     assert [found.sample(i) for i in range(len(found))] == strict
     for i, s in enumerate(strict): assert (found.sample(i).why.tolist(), found.turns(i)) == (s.why.tolist(), s.turns)
 
@@ -131,7 +131,7 @@ def test_processes_share(tmp_path, shell_env):
     ends = [r.communicate(timeout=120)[0].split("\n")[-2] for r in runs]
     assert sorted(e.split()[1] for e in ends) == ["0", "0", "1"]
     assert len({tuple(e.split()[2:]) for e in ends}) == 1 and ends[0].split()[2] == "4000"
-    assert len(cached(tmp_path / "cache").rows) == 1
+    assert len(cache_table(tmp_path / "cache").rows) == 1
 
 
 def test_script_without_guard(tmp_path, shell_env):
@@ -180,7 +180,7 @@ def test_stale(tmp_path):
     for word in ("tide", "moon", "boat", "tide"):
         file.write_text(json.dumps({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": word}]}) + "\n")
         assert tokenizer.decode(tokenize_file(file, tokenizer, cache=tmp_path / "cache").sample(0).tokens.tolist()).endswith(word)
-    assert len(cached(tmp_path / "cache").rows) == 3
+    assert len(cache_table(tmp_path / "cache").rows) == 3
 
 
 PEAK = """
@@ -216,7 +216,7 @@ def test_tools_and_ranks(tmp_path):
     file.write_text("".join(json.dumps(row(i)) + "\n" for i in range(400)))
     tokenizer = load_tokenizer("v3-tekken")
     one, two = (tokenize_file(file, tokenizer, chunk=True, workers=w) for w in (1, 2))
-    strict = [s for _, line in read_lines(file) for s in encode_all(parse_line(line), tokenizer)]
+    strict = [s for _, line in read_lines(file) for s in encode_with_prefixes(parse_line(line), tokenizer)]
     assert [one.sample(i) for i in range(len(one))] == [two.sample(i) for i in range(len(two))] == strict
     data = [tokenize_source(Source(file), tokenizer, chunk=True)]
     whole = train_batches(data, 512, 1, seed=3)

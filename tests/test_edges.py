@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mistral_nb.core.config import ConfigError
-from mistral_nb.data.cache import container_share, cores
+from mistral_nb.data.cache import container_cores, available_cores
 from mistral_nb.demo import demo_settings
 from mistral_nb.train.loop import Trainer
 from mistral_nb.train.plan import use_threads
@@ -138,17 +138,17 @@ def test_threads(settings, tmp_path, monkeypatch):
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "cpu.max").write_text(text)
-        assert container_share(tmp_path / name) == share
+        assert container_cores(tmp_path / name) == share
     (tmp_path / "v1/cpu").mkdir(parents=True)
     for name, value in (("quota", -1), ("period", 100000)):
         (tmp_path / f"v1/cpu/cpu.cfs_{name}_us").write_text(str(value))
     assert (
-        container_share(tmp_path / "v1") == float("inf")
-        and container_share(tmp_path / "nowhere") == float("inf")
-        and 1 <= cores() <= os.cpu_count()
+        container_cores(tmp_path / "v1") == float("inf")
+        and container_cores(tmp_path / "nowhere") == float("inf")
+        and 1 <= available_cores() <= os.cpu_count()
     )
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("mistral_nb.train.plan.cores", lambda: 1)
+    monkeypatch.setattr("mistral_nb.train.plan.available_cores", lambda: 1)
     torch.set_num_threads(2)
     assert (
         use_threads(None, "cpu") == 1 == torch.get_num_threads()

@@ -13,9 +13,9 @@ from conftest import ended
 from conftest import needs_proc
 from conftest import steps_done
 from conftest import train_command
-from mistral_nb.notebook.job import family
+from mistral_nb.notebook.job import process_tree
 from mistral_nb.train.checkpoint import checkpoints
-from mistral_nb.train.checkpoint import fault
+from mistral_nb.train.checkpoint import find_damage
 from mistral_nb.train.metrics import read_records
 
 pytestmark = needs_proc
@@ -28,7 +28,7 @@ def start(command, env) -> subprocess.Popen: return subprocess.Popen(command, en
 
 def finish(child: subprocess.Popen, seconds: float = 120) -> str:
     "What a job said until its end"
-    members = family(child.pid)
+    members = process_tree(child.pid)
     said, _ = child.communicate(timeout=seconds)
     assert ended(members)
     return said
@@ -58,7 +58,7 @@ def test_one_rank_fails(write_config, shell_env, kind, placement, words):
     said = finish(child)
     assert child.returncode != 0 and all(w in said for w in words), said
     assert "rank 0 has done nothing" not in said
-    assert not fault(checkpoints(config.with_suffix(""))[-1])
+    assert not find_damage(checkpoints(config.with_suffix(""))[-1])
 
 
 def test_restarts(write_config, shell_env):
@@ -95,7 +95,7 @@ def test_torchrun_is_killed(write_config, shell_env):
     config = write_config("orphans", **SETTINGS | dict(max_steps=2000))
     child = start(train_command(config, ranks=2), shell_env)
     wait_for_steps(config, child, 2)
-    members = family(child.pid)
+    members = process_tree(child.pid)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     assert ended(members, 30)

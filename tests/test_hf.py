@@ -13,9 +13,9 @@ from mistral_nb.data.pack import pack_samples
 from mistral_nb.data.schema import parse_row
 from mistral_nb.data.tokens import TokenSample, certify, load_tokenizer
 from mistral_nb.infer.generate import generate
-from mistral_nb.model.lora import adapters, attach, load_adapter_state, merged_state
+from mistral_nb.model.lora import lora_layers, add_adapters, load_adapter_state, merged_state
 from mistral_nb.model.weights import load_model, read_tensors, save_model, unpermute, weight_files
-from mistral_nb.train.checkpoint import trained
+from mistral_nb.train.checkpoint import trainable_params
 from mistral_nb.train.step import batch_loss
 
 SHAPE = dict(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -112,9 +112,9 @@ def with_adapter(case: str, folder):
     "Both models with the same random adapter on all seven projections, the second matrix not zero"
     peft = pytest.importorskip("peft")
     theirs, mine = pair(case, folder)
-    attach(mine, RANK, SCALING)
+    add_adapters(mine, RANK, SCALING)
     g = torch.Generator().manual_seed(2)
-    state = {n: torch.randn(p.shape, generator=g) * 0.3 * p.shape[1] ** -0.5 for n, p in trained(mine).items()}
+    state = {n: torch.randn(p.shape, generator=g) * 0.3 * p.shape[1] ** -0.5 for n, p in trainable_params(mine).items()}
     load_adapter_state(mine, {n: reorder(n, t, mine.args.head_dim) for n, t in state.items()}, file_scaling=SCALING)
     experts = mine.args.moe is not None  # which peft still calls by their old names
     targets = [*ATTENTION.values(), *(FEED_FORWARD if experts else FEED_FORWARD.values())]
@@ -126,7 +126,7 @@ def with_adapter(case: str, folder):
 def their_grads(theirs, mine) -> dict[str, torch.Tensor]:
     "Gradients of peft's adapter under the package's names; peft fuses experts, with w1 and w3 as blocks of one adapter of twice the rank"
     out, found, experts = {}, dict(theirs.named_parameters()), mine.args.moe and mine.args.moe.num_experts
-    for name in trained(mine):
+    for name in trainable_params(mine):
         at, (*_, e, w, half, _) = their_name(name, False).removesuffix("weight"), name.split(".")
         if ".experts." in name: at = f"{at.split('experts')[0]}experts.{'' if w == 'w2' else 'base_layer.'}{half}."
         g = found[f"{at}default.weight"].grad
@@ -154,7 +154,7 @@ def test_lora_gradients(case, tmp_path):
     close(loss, their_loss, "loss")
     grads = their_grads(theirs, mine)
     assert len(grads) == 2 * mine.args.n_layers * (4 + 3 * (mine.args.moe.num_experts if mine.args.moe else 1))
-    for name, p in trained(mine).items():
+    for name, p in trainable_params(mine).items():
         assert p.grad.abs().max() > 1e-4, name
         close(p.grad, grads[name], "grads")
 
@@ -168,7 +168,7 @@ def test_merged_state(case, tmp_path):
     assert got.keys() | {"output.weight"} == want.keys() | {"output.weight"}  # tied or not
     for name, w in want.items():
         close(got[name], w, "merged")
-        assert torch.equal(got[name], base[name]) != (name.removesuffix(".weight") in adapters(mine)), name
+        assert torch.equal(got[name], base[name]) != (name.removesuffix(".weight") in lora_layers(mine)), name
 
 
 @pytest.mark.parametrize("case", ADAPTED)

@@ -15,9 +15,9 @@ from conftest import ended
 from conftest import needs_proc
 from conftest import steps_done
 from conftest import train_command
-from mistral_nb.notebook.job import family
+from mistral_nb.notebook.job import process_tree
 from mistral_nb.train.checkpoint import checkpoints
-from mistral_nb.train.checkpoint import fault
+from mistral_nb.train.checkpoint import find_damage
 from mistral_nb.train.metrics import read_records
 
 KILLS = {ranks: int(os.environ.get("KILLS", n)) for ranks, n in ((0, 8), (2, 4))}  # by ranks; KILLS=30 in the environment takes about ten minutes
@@ -34,7 +34,7 @@ def kill_at_random(child: subprocess.Popen, run_dir: Path, rng: random.Random) -
     while child.poll() is None and steps_done(run_dir) in (0, before) and time.time() < until: time.sleep(0.005)
     time.sleep(rng.uniform(0, 0.3))
     if child.poll() is not None: return False
-    members = family(child.pid)
+    members = process_tree(child.pid)
     for pid in members:
         try: os.kill(pid, signal.SIGKILL)
         except ProcessLookupError: pass
@@ -62,7 +62,7 @@ def test_killed_again_and_again(write_config, shell_env, ranks):
     assert losses[0] == losses[1] and len(losses[0]) == steps
     folders = [checkpoints(c.with_suffix(""))[-1] for c in (whole, cut)]
     a, b = (load_file(f / "consolidated/lora.safetensors") for f in folders)
-    assert all(a[k].equal(b[k]) for k in a) and not any(map(fault, checkpoints(run_dir)))
+    assert all(a[k].equal(b[k]) for k in a) and not any(map(find_damage, checkpoints(run_dir)))
     assert not list((run_dir / "checkpoints").glob("*.part"))
 
 
@@ -73,14 +73,14 @@ def test_one_rank_killed(write_config, shell_env):
     child = started(config, shell_env, 2)
     until = time.time() + 120
     while steps_done(config.with_suffix("")) < 2 and time.time() < until: time.sleep(0.02)
-    members = family(child.pid)
+    members = process_tree(child.pid)
     ranks = [p for p in members if b"mistral_nb.train" in Path(f"/proc/{p}/cmdline").read_bytes() and b"torch.distributed.run" not in Path(f"/proc/{p}/cmdline").read_bytes()]
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
     _, said = child.communicate(timeout=90)
     assert child.returncode != 0 and "SIGKILL" in said
     assert ended(members)
-    assert not fault(checkpoints(config.with_suffix(""))[-1])
+    assert not find_damage(checkpoints(config.with_suffix(""))[-1])
 
 
 def test_no_room_for_a_checkpoint(write_config, shell_env):
@@ -94,7 +94,7 @@ def test_no_room_for_a_checkpoint(write_config, shell_env):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     done = subprocess.run(train_command(config, "resume=true"), env=shell_env, capture_output=True, text=True, preexec_fn=limit, timeout=120)
     assert done.returncode == 1 and "error: the checkpoint after step 12 could not be written" in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert checkpoints(run_dir) == kept and not fault(kept[0]) and [p.name for p in (run_dir / "checkpoints").iterdir()] == [kept[0].name]
+    assert checkpoints(run_dir) == kept and not find_damage(kept[0]) and [p.name for p in (run_dir / "checkpoints").iterdir()] == [kept[0].name]
     subprocess.run(train_command(config, "resume=true"), env=shell_env, check=True, capture_output=True)
     assert [r["loss"] for r in read_records(run_dir / "metrics.train.jsonl")] == whole
     assert checkpoints(run_dir)[-1].name == "checkpoint_000012"

@@ -16,14 +16,14 @@ from conftest import ended
 from conftest import needs_proc
 from conftest import steps_done
 from mistral_nb.demo import demo_settings
-from mistral_nb.notebook.job import RunFailed
+from mistral_nb.notebook.job import JobFailedError
 from mistral_nb.notebook.job import attach
 from mistral_nb.notebook.job import diagnose
-from mistral_nb.notebook.job import family
-from mistral_nb.notebook.job import send
+from mistral_nb.notebook.job import process_tree
+from mistral_nb.notebook.job import send_signal
 from mistral_nb.notebook.launch import launch
 from mistral_nb.train.checkpoint import checkpoints
-from mistral_nb.train.checkpoint import fault
+from mistral_nb.train.checkpoint import find_damage
 from mistral_nb.train.loop import Trainer
 from mistral_nb.train.stop import stop_file
 from test_kernel import execute
@@ -42,7 +42,7 @@ def environment(monkeypatch, shell_env):
 def settings(demo, tmp_path): return lambda run="run", **changes: demo_settings(demo, tmp_path / run, **LONG | changes)
 
 
-def job_pids(run) -> list[int]: return family(run.pid)
+def job_pids(run) -> list[int]: return process_tree(run.pid)
 
 
 def wait_for(condition, seconds: float = 120) -> None:
@@ -75,7 +75,7 @@ def test_kill(settings):
     pids = job_pids(run)
     assert len(pids) >= 4  # the shell, torchrun, two ranks
     run.kill()
-    assert ended(pids) and (run.state, attach(run.run_dir).state) == ("stopped", "stopped") and not fault(run.checkpoint)
+    assert ended(pids) and (run.state, attach(run.run_dir).state) == ("stopped", "stopped") and not find_damage(run.checkpoint)
 
 
 def test_only_one_writer(settings):
@@ -86,14 +86,14 @@ def test_only_one_writer(settings):
         with pytest.raises(ValueError, match="a job is already running"): launch(settings(), nproc_per_node=1, resume=True)
         wait_for(lambda: steps_done(run.run_dir) > 2)
         with pytest.raises(ValueError, match="a run is going on in"): next(Trainer(settings(), resume=True).steps())
-        pids = family(run.pid)
+        pids = process_tree(run.pid)
         os.kill(run.pid, signal.SIGKILL)
         assert run.state == "running"
         with pytest.raises(ValueError, match="a job is already running"): launch(settings(), nproc_per_node=1, resume=True)
         run.stop()
         assert ended(pids) and run.state == "stopped"
     finally:
-        if not ended(pids, 0): send(pids, signal.SIGKILL)
+        if not ended(pids, 0): send_signal(pids, signal.SIGKILL)
 
 
 def test_folder_is_gone(settings, tmp_path, monkeypatch):
@@ -102,11 +102,11 @@ def test_folder_is_gone(settings, tmp_path, monkeypatch):
     run = launch(settings() | dict(run_dir="my run's"), nproc_per_node=1)
     monkeypatch.chdir("/")
     wait_for(lambda: run.last is not None)
-    pids = family(run.pid)
+    pids = process_tree(run.pid)
     shutil.rmtree(run.run_dir, ignore_errors=True)
     shutil.rmtree(run.run_dir, ignore_errors=True)
     if not run.run_dir.exists():
-        with pytest.raises(RunFailed, match="is gone, so the job cannot be asked"): run.stop()
+        with pytest.raises(JobFailedError, match="is gone, so the job cannot be asked"): run.stop()
     run.kill()
     assert ended(pids)
 
@@ -115,7 +115,7 @@ def test_preempted(settings):
     "A job that is told to end from outside has stopped, not failed, and its adapter can be taken"
     run = launch(settings(), nproc_per_node=2)
     wait_for(lambda: steps_done(run.run_dir) > 2)
-    pids = family(run.pid)
+    pids = process_tree(run.pid)
     os.kill(run.pid, signal.SIGTERM)
     wait_for(lambda: not run.alive, 60)
     assert ended(pids) and run.state == "stopped" and run.result.exists()
@@ -127,7 +127,7 @@ def test_newest_is_damaged(settings):
     whole = [r.loss for r in run.wait().records]
     (run.checkpoint / "training/state.json").write_text("{")
     with pytest.warns(UserWarning, match="checkpoint_000010 is passed over"): again = launch(settings(max_steps=10), nproc_per_node=1, resume=True)
-    assert [r.step for r in again][:5] == [1, 2, 3, 4, 5] and again.state == "finished" and not fault(again.checkpoint)
+    assert [r.step for r in again][:5] == [1, 2, 3, 4, 5] and again.state == "finished" and not find_damage(again.checkpoint)
     assert [r.loss for r in again] == whole and "going on after 5" in again.logs(0, None)
 
 
@@ -148,9 +148,9 @@ def test_rank_is_killed(settings):
     pids = job_pids(run)
     ranks = [p for p in pids if b"mistral_nb.train" in Path(f"/proc/{p}/cmdline").read_bytes() and b"LOCAL_RANK=1\0" in Path(f"/proc/{p}/environ").read_bytes() and b"torch.distributed.run" not in Path(f"/proc/{p}/cmdline").read_bytes()]
     os.kill(ranks[0], signal.SIGKILL)
-    with pytest.raises(RunFailed, match="rank 1: SIGKILL.*\n.*memory ran out") as found: run.wait()
+    with pytest.raises(JobFailedError, match="rank 1: SIGKILL.*\n.*memory ran out") as found: run.wait()
     assert ended(pids) and run.state == "failed" and "launch(..., resume=True) goes on from checkpoint_" in str(found.value)
-    assert found.value._render_traceback_() == [f"RunFailed: {found.value}"]
+    assert found.value._render_traceback_() == [f"JobFailedError: {found.value}"]
 
 
 def test_bad_row(settings, tmp_path, demo):
@@ -158,7 +158,7 @@ def test_bad_row(settings, tmp_path, demo):
     bad = tmp_path / "bad.jsonl"
     bad.write_text((demo / "data/train.jsonl").read_text() + '{"messages": [{"role": "robot", "content": "hi"}]}\n')
     run = launch(settings(data=dict(instruct_data=str(bad))), nproc_per_node=2)
-    with pytest.raises(RunFailed, match=r"before its first record: rank \d: .*bad.jsonl, line 25, messages\[0\].role: the role is 'robot'"): run.wait()
+    with pytest.raises(JobFailedError, match=r"before its first record: rank \d: .*bad.jsonl, line 25, messages\[0\].role: the role is 'robot'"): run.wait()
 
 
 def test_rank_raises(settings, tmp_path, shell_env):
@@ -202,12 +202,12 @@ def test_interrupt_in_a_kernel(settings, shell_env):
     with Kernel(shell_env) as kernel:
         status, said, trace = kernel.run(START.format(settings=settings(), detach=False))
         assert status == "ok", trace
-        pids = family(int(said.partition(":")[0]))
+        pids = process_tree(int(said.partition(":")[0]))
         run_dir = Path(settings()["run_dir"])
 
         def press():
             wait_for(lambda: steps_done(run_dir) > 2)
-            pids.extend(family(pids[0]))
+            pids.extend(process_tree(pids[0]))
             kernel.manager.interrupt_kernel()
         status, said, trace = kernel.run("run.wait()", press)
         assert status == "error" and len(trace) == 1 and trace[0].startswith("Stopped by SIGINT after step"), (said, trace)
@@ -221,9 +221,9 @@ def test_kernel_dies(settings, shell_env, detach):
     with Kernel(shell_env) as kernel:
         status, said, trace = kernel.run(START.format(settings=settings(max_steps=40 if detach else 3000), detach=detach))
         assert status == "ok", trace
-        pids, run_dir = family(int(said.partition(":")[0])), Path(settings()["run_dir"])
+        pids, run_dir = process_tree(int(said.partition(":")[0])), Path(settings()["run_dir"])
         wait_for(lambda: steps_done(run_dir) > 2)
-        pids = family(pids[0])
+        pids = process_tree(pids[0])
         kernel.manager.shutdown_kernel(now=True)
     run = attach(run_dir)
     if detach: assert run.wait().records[-1].step == 40 and run.state == "finished"

@@ -10,7 +10,7 @@ from mistral_nb.core.config import ConfigError
 from mistral_nb.core.config import load_args
 from mistral_nb.core.config import save_args
 from mistral_nb.train import metrics
-from mistral_nb.train.checkpoint import used
+from mistral_nb.train.checkpoint import run_marker
 from mistral_nb.train.loop import Trainer
 from mistral_nb.train.metrics import MLFlow
 
@@ -84,7 +84,7 @@ def test_silent_server(settings, silent):
 def test_silent_server_stops(settings, silent, tmp_path):
     "on_tracking_error: stop refuses to start, and leaves nothing that counts as a run"
     with pytest.raises(ConfigError, match="did not answer within 1 s"): Trainer(settings(mlflow=dict(tracking_uri=silent), on_tracking_error="stop")).fit()
-    assert used(tmp_path / "run") is None
+    assert run_marker(tmp_path / "run") is None
     assert len(Trainer(settings()).fit().records) == 2
 
 

@@ -17,7 +17,7 @@ from mistral_nb.cli import main
 from mistral_nb.infer.generate import load_tuned
 from mistral_nb.model import keys
 from mistral_nb.model.args import ModelArgs, ModelError, from_hf, load_model_args
-from mistral_nb.model.lora import ONLY_HERE, merged_state
+from mistral_nb.model.lora import GUARD_TENSOR, merged_state
 from mistral_nb.model.weights import init_model, load_model, save_model
 from mistral_nb.train.loop import Trainer
 from mistral_nb.train.plan import plan
@@ -275,13 +275,13 @@ WRONG = [  # 56 kinds
     float("nan"), float("inf"), -float("inf"),
 ]
 FINE = dict(rope_theta=[1.5, 31.9, 1e9], sliding_window=[[], [1]], tied_embeddings=[True, False])  # of these
-NEEDED = {k.name for k in keys.KEYS if k.needed}
+NEEDED = {k.name for k in keys.SHAPE_KEYS if k.needed}
 
 
-OWN_PATHS = {k.name: ("moe", k.name) if k.name in keys.MOE_KEYS else (k.name,) for k in keys.KEYS}
+OWN_PATHS = {k.name: ("moe", k.name) if k.name in keys.MOE_KEYS else (k.name,) for k in keys.SHAPE_KEYS}
 GOOD = {  # for each file, good values, and the path of each key by our name
     "params.json": (OWN | dict(moe=MOE, rope_theta=1e6), OWN_PATHS),
-    "config.json": (MISTRAL | MIXTURE | BIG, {k.name: (k.hf,) for k in keys.KEYS}),
+    "config.json": (MISTRAL | MIXTURE | BIG, {k.name: (k.hf,) for k in keys.SHAPE_KEYS}),
 }
 
 
@@ -496,8 +496,8 @@ def test_only_here(kind, home, tmp_path):
     for found in (got, load_model(tmp_path / "merged")(x, [20])):
         torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
     if kind == "plain": return
-    assert {n for n in state if "lora" not in n} == {ONLY_HERE}
-    state.pop(ONLY_HERE)
+    assert {n for n in state if "lora" not in n} == {GUARD_TENSOR}
+    state.pop(GUARD_TENSOR)
     save_file(state, folder / "lora.safetensors")  # as it was written before
     assert load_tuned(home / "model", folder)(x, [20]).equal(got)
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import parity
 from mistral_nb.core.config import jsonl_files
-from mistral_nb.data.batches import Tokenized
+from mistral_nb.data.batches import TokenizedSource
 from mistral_nb.data.convert import convert
 from mistral_nb.train.optim import beta1_at
 from mistral_nb.train.optim import lr_at
@@ -108,7 +108,7 @@ def tokenize_once():
     def once(source, tokenizer, chunk=False):
         key = (source.path, source.kind, tokenizer.vocab_size, chunk)
         if key not in kept: kept[key] = original(source, tokenizer, chunk).files
-        return Tokenized(source, kept[key])
+        return TokenizedSource(source, kept[key])
     parity.tokenize_source = once
     yield
     parity.tokenize_source = original

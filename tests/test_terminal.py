@@ -11,7 +11,7 @@ import pytest
 
 from mistral_nb import cli
 from mistral_nb.data.check import check
-from mistral_nb.notebook.job import Failure, Run, RunFailed, diagnose
+from mistral_nb.notebook.job import Failure, Job, JobFailedError, diagnose
 
 ORDERS = "\x1b]0;owned\x07\x1b[2J\x1b[31m\u202etxet\u2066\x00\x9b1m\r"
 STEERS = [c for c in ORDERS if ord(c) < 32 or ord(c) in range(0x7F, 0xA0) or ord(c) > 0x2000]
@@ -26,7 +26,7 @@ def job(tmp_path):
         json.dumps(dict(process=None, host=socket.gethostname(), max_steps=4, nproc_per_node=1, nnodes=1))
     )
     (tmp_path / "launch/exit").write_text("1")
-    return Run(tmp_path), ranks
+    return Job(tmp_path), ranks
 
 
 def steered(text: str) -> list[str]: return [c for c in STEERS if c in text]
@@ -54,7 +54,7 @@ def test_logs_and_failures(job):
     (ranks / "stdout.log").write_text(f"one\n  5%|#    |\r 10%|##   |\rdone{ORDERS}two\n")
     (ranks / "stderr.log").write_text(f"ValueError: {ORDERS}bad\n")
     assert not steered(run.logs()) and "one" in run.logs() and "5%" not in run.logs()
-    with pytest.raises(RunFailed) as error: run.result
+    with pytest.raises(JobFailedError) as error: run.result
     assert not steered(str(error.value)) and "bad" in str(error.value)
     assert isinstance(diagnose(run.folder), Failure)
 

@@ -13,11 +13,11 @@ from mistral_nb.data.batches import eval_batches
 from mistral_nb.demo import make_data, make_model
 from mistral_nb.infer.generate import load_tuned
 from mistral_nb.model.args import ModelArgs, MoeArgs
-from mistral_nb.model.lora import adapter_off, adapter_state, adapters, attach, attach_like, init_pissa, load_adapter_state, merged_state, take_out
+from mistral_nb.model.lora import adapter_off, adapter_state, lora_layers, add_adapters, add_adapters_like, init_pissa, load_adapter_state, merged_state, subtract_from_base
 from mistral_nb.model.weights import load_model, save_model, unpermute
-from mistral_nb.train.checkpoint import trained
-from mistral_nb.train.loop import Trainer, scaling
-from mistral_nb.train.optim import adamw, set_schedule
+from mistral_nb.train.checkpoint import trainable_params
+from mistral_nb.train.loop import Trainer, effective_scaling
+from mistral_nb.train.optim import adamw, set_lr
 from mistral_nb.train.step import mean_loss
 
 HF = dict(vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
@@ -72,12 +72,12 @@ def same_adapter(kind: str, folder: Path):
     peft = pytest.importorskip("peft")
     (theirs, mine), (settings, options) = base_models(folder), KINDS[kind]
     args = load_args(model_id_or_path="m", run_dir="r", data=dict(instruct_data="d"), lora=dict(rank=RANK, scaling=SCALING, **settings))
-    attach(mine, RANK, scaling(args), targets=args.lora.targets, dora=args.lora.dora)
+    add_adapters(mine, RANK, effective_scaling(args), targets=args.lora.targets, dora=args.lora.dora)
     config = peft.LoraConfig(r=RANK, lora_alpha=int(RANK * SCALING), target_modules=[PROJECTIONS[t] for t in args.lora.targets], task_type="CAUSAL_LM", **options)
     theirs = peft.get_peft_model(theirs, config)
     there, g = dict(theirs.named_parameters()), generator(2)
-    for n, layer in adapters(mine).items():
-        if kind == "pissa": take_out(layer, there[their_name(f"{n}.lora_A.weight")], ordered(f"{n}.lora_B", there[their_name(f"{n}.lora_B.weight")]))
+    for n, layer in lora_layers(mine).items():
+        if kind == "pissa": subtract_from_base(layer, there[their_name(f"{n}.lora_A.weight")], ordered(f"{n}.lora_B", there[their_name(f"{n}.lora_B.weight")]))
         for part, p in layer.named_parameters():
             if not part.startswith("lora_"): continue
             t = there[their_name(f"{n}.{part}")]
@@ -98,13 +98,13 @@ def test_peft_gradients(kind, tmp_path):
     want = theirs(x[None]).logits[0]
     F.cross_entropy(want[:-1], x[1:]).backward()
     grads = {n: p.grad for n, p in theirs.named_parameters()}
-    assert {their_name(n) for n in trained(mine)} == {n for n, p in theirs.named_parameters() if p.requires_grad}
+    assert {their_name(n) for n in trainable_params(mine)} == {n for n, p in theirs.named_parameters() if p.requires_grad}
     for mine.recompute in (0, 1):
         mine.zero_grad()
         got = mine(x, [len(x)])
         close(got, want)
         F.cross_entropy(got[:-1], x[1:]).backward()
-        for n, p in trained(mine).items():
+        for n, p in trainable_params(mine).items():
             assert p.grad.abs().max() > 1e-4, n
             close(p.grad, ordered(n, grads[their_name(n)]))
 
@@ -118,7 +118,7 @@ def test_peft_merged(kind, tmp_path):
     tuned, state = mine(x, [len(x)]), adapter_state(mine)
     with adapter_off(mine): close(mine(x, [len(x)]), base(x, [len(x)]))
     assert (tuned - base(x, [len(x)])).abs().max() > 0.1
-    again = attach_like(load_model(tmp_path / "base"), state)
+    again = add_adapters_like(load_model(tmp_path / "base"), state)
     load_adapter_state(again, state)
     close(again(x, [len(x)]), tuned)
     theirs.merge_and_unload().save_pretrained(tmp_path / "merged")
@@ -133,9 +133,9 @@ def test_pissa_start(rank, exact, tmp_path):
     theirs, mine = base_models(tmp_path)
     x, before = ids(), mine(ids(), [40])
     theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=rank, lora_alpha=int(rank * SCALING), target_modules=list(PROJECTIONS.values()), init_lora_weights="pissa"))
-    init_pissa(attach(mine, rank, SCALING), 0)
+    init_pissa(add_adapters(mine, rank, SCALING), 0)
     there = dict(theirs.named_parameters())
-    for n, layer in adapters(mine).items():
+    for n, layer in lora_layers(mine).items():
         a, b = (there[their_name(f"{n}.lora_{k}.weight")] for k in "AB")
         best = SCALING * b @ a
         assert 0.995 * best.norm() < layer.delta().norm() < 1.0001 * best.norm()
@@ -152,9 +152,9 @@ def test_lora_plus(ratio, tmp_path):
     from peft.optimizers import create_loraplus_optimizer
     theirs, mine = same_adapter("lora", tmp_path)
     lr, decay, x = 1e-3, 0.1, ids()
-    before = {n: p.detach().clone() for n, p in trained(mine).items()}
-    opt = adamw(trained(mine), lr, decay, ratio)
-    set_schedule(opt, lr)
+    before = {n: p.detach().clone() for n, p in trainable_params(mine).items()}
+    opt = adamw(trainable_params(mine), lr, decay, ratio)
+    set_lr(opt, lr)
     other = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=lr, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay, betas=(0.9, 0.95), eps=1e-8)
     for _ in range(3):
         for model, o, logits in ((mine, opt, lambda: mine(x, [len(x)])), (theirs, other, lambda: theirs(x[None]).logits[0])):
@@ -162,9 +162,9 @@ def test_lora_plus(ratio, tmp_path):
             F.cross_entropy(logits()[:-1], x[1:]).backward()
             o.step()
     there = dict(theirs.named_parameters())
-    moved = {k: max((p - before[n]).abs().max().item() for n, p in trained(mine).items() if f"lora_{k}" in n) for k in "AB"}
+    moved = {k: max((p - before[n]).abs().max().item() for n, p in trainable_params(mine).items() if f"lora_{k}" in n) for k in "AB"}
     assert ratio / 2 < moved["B"] / moved["A"] < ratio * 2
-    for n, p in trained(mine).items(): close(p, ordered(n, there[their_name(n)]), rtol=1e-4, atol=lr * 0.01)
+    for n, p in trainable_params(mine).items(): close(p, ordered(n, there[their_name(n)]), rtol=1e-4, atol=lr * 0.01)
 
 
 SHAPE = ModelArgs(dim=64, n_layers=2, head_dim=16, hidden_dim=128, n_heads=4, n_kv_heads=2, norm_eps=1e-5, vocab_size=32768, rope_theta=1e6)
@@ -252,7 +252,7 @@ def test_run(done):
     assert after[1] == before[1] > 0 and after[0] < before[0] - 0.01, (before, after)
     assert (t.plan.limit is not None) == ("pieces" in done.name), t.plan
     assert t.model.recompute == {"all_recomputed": 2, "one_recomputed": 1, "dropout": 1, "dora_dropout": 1, "pieces_dropout": 1, "moe_dropout": 1}.get(done.name, t.plan.recompute)
-    assert all(p.dtype == torch.float32 for p in trained(t.model).values()) and all(p.grad is not None for p in trained(t.model).values())
+    assert all(p.dtype == torch.float32 for p in trainable_params(t.model).values()) and all(p.grad is not None for p in trainable_params(t.model).values())
     strict = lambda word: pytest.fail(f"{word} is no JSON")
     for line in (done.folder / f"{done.name}-whole/metrics.train.jsonl").read_text().splitlines(): json.loads(line, parse_constant=strict)
 

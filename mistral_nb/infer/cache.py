@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..model.args import ModelArgs
 from ..model.attention import packed_attention
-from ..model.attention import positions
+from ..model.attention import block_positions
 from ..model.transformer import Transformer
 
 # %% ../../nbs/infer/45_cache.ipynb #cache
@@ -38,7 +38,7 @@ class KVCache:
             return packed_attention(q, k, v, seqlens, self.window)
 
         ids = torch.tensor([t for p in prompts for t in p], device=device)
-        h = model.hidden(ids, positions(seqlens, device), attend)
+        h = model.hidden(ids, block_positions(seqlens, device), attend)
         self.lengths[:] = torch.tensor(seqlens, device=device)
         return h[torch.tensor(seqlens, device=device).cumsum(0) - 1]
 

@@ -16,16 +16,16 @@ from torch.utils.checkpoint import checkpoint
 
 from .args import ModelArgs
 from .args import MoeArgs
-from .attention import Blocks
+from .attention import BlockIndex
 from .attention import packed_attention
-from .attention import positions
+from .attention import block_positions
 from .attention import rope_table
-from .fused import Norm
-from .fused import Turn
-from .fused import add_gated
+from .fused import RMSNormFunction
+from .fused import RopeFunction
+from .fused import add_swiglu
 from .fused import add_projection
 from .fused import norm_projections
-from .moe import mixture
+from .moe import moe_forward
 from .quant import Linear
 
 # %% ../../nbs/model/40_transformer.ipynb #norm
@@ -36,7 +36,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor: return Norm.apply(x, self.weight, self.eps)  # (T, dim)
+    def forward(self, x: Tensor) -> Tensor: return RMSNormFunction.apply(x, self.weight, self.eps)  # (T, dim)
 
 
 class FeedForward(nn.Module):
@@ -50,7 +50,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:  # (T, dim)
         g, u = norm_projections(x, norm, (self.w1, self.w3))
-        return add_gated(g, u, x, self.w2)
+        return add_swiglu(g, u, x, self.w2)
 
 
 class MoE(nn.Module):
@@ -64,7 +64,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:  # (T, dim)
         h = norm(x)
-        return x + mixture(h, self.gate(h), self.active, self.experts)
+        return x + moe_forward(h, self.gate(h), self.active, self.experts)
 
 # %% ../../nbs/model/40_transformer.ipynb #block
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (T, heads, D), k and v (T, kv_heads, D) -> (T, heads, D)
@@ -84,7 +84,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, attend: Attend, layer: int) -> Tensor:  # (T, dim)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in norm_projections(x, norm, (self.wq, self.wk, self.wv)))  # (T, heads, head_dim)
-        out = attend(layer, Turn.apply(q, cos, sin), Turn.apply(k, cos, sin), v)
+        out = attend(layer, RopeFunction.apply(q, cos, sin), RopeFunction.apply(k, cos, sin), v)
         return add_projection(out.flatten(-2), x, self.wo)
 
 
@@ -143,9 +143,9 @@ class Transformer(nn.Module):
 
     def packed_hidden(self, ids: Tensor, seqlens: Sequence[int]) -> Tensor:
         "Hidden states of a packed row."
-        blocks = Blocks.of(seqlens, ids.device)
+        blocks = BlockIndex.of(seqlens, ids.device)
         attend = lambda layer, q, k, v: packed_attention(q, k, v, blocks, self.args.sliding_window)
-        return self.hidden(ids, positions(blocks.seqlens, ids.device), attend)
+        return self.hidden(ids, block_positions(blocks.seqlens, ids.device), attend)
 
     def forward(self, ids: Tensor, seqlens: Sequence[int], head: Head = all_logits) -> Tensor:
         "What `head` makes of the hidden states of a packed row and the output matrix: float32 logits (T, vocab_size), or a loss."
