@@ -173,7 +173,7 @@ def show(
     kind: str = "instruct",  # how to read a dict
     limit: int = 4000,  # tokens shown
     n: int = 5,  # rows shown of settings
-) -> "TokenView | Gallery":
+) -> "TokenView | TokenGallery":
     "Tokens of `thing` with what is trained on."
     if isinstance(thing, TrainArgs): return show_run(thing, n, limit)
     if tokenizer is None: raise TypeError("show needs a tokenizer: load_tokenizer(model folder)")

@@ -111,7 +111,7 @@ def launch(
     max_restarts: int = 0,  # how often a job that fails goes on from its newest checkpoint by itself
     detach: bool = False,  # go on when this kernel ends
     **values: Any,  # settings by name
-) -> "Job | Nodes":
+) -> "Job | MultiNodeJob":
     "Start a run under torchrun and return at once; `ConfigError` before anything starts if the settings cannot be used."
     args = check_paths(load_args(source, *overrides, **values))
     for name, value, least in (("nnodes", nnodes, 1), ("nproc_per_node", nproc_per_node or 1, 1), ("max_restarts", max_restarts, 0)):
