@@ -59,7 +59,7 @@ def cmd_train(args: argparse.Namespace) -> int:
     from mistral_nb.train.__main__ import run_training
     return run_training(args.config, args.overrides + ["resume=true"] * args.resume)
 
-
+# %% ../nbs/90_cli.ipynb #chat
 def _chat(args: argparse.Namespace) -> Any:
     "A `Chat` from the options that chat and generate share"
     from mistral_nb.data.tokens import load_tokenizer
@@ -72,7 +72,7 @@ def _chat(args: argparse.Namespace) -> Any:
     model = load_tuned(args.model, args.adapter, choose_dtype("auto", device, True, file_dtype(args.model)), device, args.quantize)
     return Chat(model, load_tokenizer(args.model), args.system, None, args.max_tokens, args.temperature, args.top_p, args.seed)
 
-
+# %% ../nbs/90_cli.ipynb #cmd-generate
 def cmd_plan(args: argparse.Namespace) -> int:
     "The memory of a run before it starts; exit code 1 if it does not fit."
     from mistral_nb.train.plan import plan
@@ -97,7 +97,7 @@ def cmd_generate(args: argparse.Namespace) -> int:
     else: print(safe_text("\n".join(chat.answers(prompts))))
     return 0
 
-
+# %% ../nbs/90_cli.ipynb #cmd-chat
 def cmd_chat(args: argparse.Namespace) -> int:
     "Talk until an empty line or end of input."
     chat = _chat(args)
@@ -110,7 +110,7 @@ def cmd_chat(args: argparse.Namespace) -> int:
         for piece in chat.stream(text.removeprefix("/base "), tuned=not base): print(safe_text(piece), end="", flush=True)
         print(flush=True)
 
-
+# %% ../nbs/90_cli.ipynb #cmd-show
 def cmd_show(args: argparse.Namespace) -> int:
     "Tokens and loss mask of lines of a data file."
     from mistral_nb.data.schema import Location, parse_line, read_lines
@@ -139,7 +139,7 @@ def cmd_check(args: argparse.Namespace) -> int:
     if args.create_corrected or args.also: print("", report.write_corrected(args.also), sep="\n")
     return 0 if report.ok else 1
 
-
+# %% ../nbs/90_cli.ipynb #cmd-convert
 def cmd_convert(args: argparse.Namespace) -> int:
     "Rows of another format to JSON lines that training takes; exit code 1 if no row could be converted."
     from mistral_nb.data.convert import convert, guess_format, refused_file, write_refused
@@ -156,7 +156,7 @@ def cmd_convert(args: argparse.Namespace) -> int:
     if refused: print(safe_text(f"the refused rows, each with its reason: {refused}"))
     return 0 if done.kept else 1
 
-
+# %% ../nbs/90_cli.ipynb #cmd-cache
 def cmd_cache(args: argparse.Namespace) -> int:
     "What is kept of tokenized files; --clear deletes it."
     from mistral_nb.data.cache import cache_table, clear_cache
@@ -232,7 +232,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--clear", action="store_true", help="delete what is kept")
     return top
 
-
+# %% ../nbs/90_cli.ipynb #main
 def main(argv: list[str] | None = None) -> int:
     "The program `mistral-nb`; returns the exit code."
     prepare_terminal()

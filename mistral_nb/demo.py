@@ -63,7 +63,7 @@ def _tools_row(tools_key: str) -> dict:
             {"role": "tool", "content": '{"metres": 2.4}', "tool_call_id": "a1B2c3D4e"}, {"role": "assistant", "content": "It is 2.4 metres."}]
     return {tools_key: [WEATHER_TOOL], "messages": talk}
 
-
+# %% ../nbs/79_demo.ipynb #sample-rows
 def sample_rows() -> dict[str, tuple[str, list[dict]]]:
     "Rows in each format that training reads: file name -> (kind, rows)."
     q, a = DEMO_FACTS[0][1][0], DEMO_FACTS[0][0]
@@ -79,7 +79,7 @@ def sample_rows() -> dict[str, tuple[str, list[dict]]]:
         "only_last.jsonl": ("instruct", [{"only_last": True, "messages": weighted["messages"]}]),
     }
 
-
+# %% ../nbs/79_demo.ipynb #make-data
 def make_data(folder: str | Path) -> Path:
     "Write `train.jsonl`, `eval.jsonl` and `formats/*.jsonl`; returns the folder."
     folder = Path(folder)
@@ -90,7 +90,7 @@ def make_data(folder: str | Path) -> Path:
     for name, (_, rows) in sample_rows().items(): write(folder / "formats" / name, rows)
     return folder
 
-
+# %% ../nbs/79_demo.ipynb #make-demo
 def make_demo(folder: str | Path, seed: int = 0) -> Path:
     "Write `model/` and `data/` below `folder`; returns it."
     make_model(Path(folder) / "model", seed)
@@ -112,7 +112,7 @@ def foreign_talk(rng: random.Random) -> list[tuple[str, str]]:
         talk.append((asked.format(**facts), said.format(**facts)))
     return talk
 
-
+# %% ../nbs/79_demo.ipynb #foreign-rows
 def foreign_rows(n: int = 40, seed: int = 0) -> dict[str, list[dict]]:
     "Rows in published layouts: name -> rows."
     rng, out = random.Random(seed), {k: [] for k in ("ultrachat", "glaive", "alpaca", "code_alpaca", "sharegpt", "openai", "openai_functions", "is_user", "documents")}
@@ -138,7 +138,7 @@ def foreign_rows(n: int = 40, seed: int = 0) -> dict[str, list[dict]]:
         out["documents"].append({"title": f"Receipt {i}", "text": "\n".join(f"{q} {a}" for q, a in foreign_talk(rng))})
     return out
 
-
+# %% ../nbs/79_demo.ipynb #make-foreign
 def make_foreign(folder: str | Path, n: int = 40, seed: int = 0) -> list[Path]:
     "Write `foreign_rows` as the files they usually are: jsonl, json, csv and parquet; returns their paths."
     import pandas
@@ -164,7 +164,7 @@ def demo_settings(folder: str | Path, run_dir: str | Path, **changes: Any) -> di
         seq_len=512, batch_size=1, max_steps=40, log_freq=5, no_eval=False, eval_freq=10,
     ) | changes
 
-
+# %% ../nbs/79_demo.ipynb #new-run-dir
 def new_run_dir(folder: str | Path, name: str = "run") -> Path:
     "A folder for a run that does not exist yet: `run`, `run-2`, `run-3`, …"
     folder, n = Path(folder), 1

@@ -99,7 +99,7 @@ def with_value(name: str, value) -> dict:
     return out
 
 
-@pytest.mark.parametrize("name", [*keys(), *{k.rpartition(".")[0] for k in keys() if "." in k}])
+@pytest.mark.parametrize("name", [*keys(), *sorted({k.rpartition(".")[0] for k in keys() if "." in k})])
 def test_odd_value(name, monkeypatch):
     monkeypatch.delenv("NOPE", raising=False)
     for value in [*ODD, DEEP]:

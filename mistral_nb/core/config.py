@@ -51,7 +51,7 @@ class InstructArgs:
     shuffle: bool = True  # load everything and shuffle it anew each epoch
     dynamic_chunk_fn_call: bool = True  # a tool conversation also gives its shorter beginnings as samples
 
-
+# %% ../../nbs/core/01_config.ipynb #dataargs
 @dataclass
 class DataArgs:
     "Where the data is: `path:weight,path:weight`, a path being a `.jsonl` file or a folder of them."
@@ -63,7 +63,7 @@ class DataArgs:
     long_rows: str = "split"  # samples longer than seq_len: split between turns, truncate_left, drop or error
     cache: str = ""  # folder for tokens; empty is ~/.cache/mistral_nb/tokens, none keeps them in memory only
 
-
+# %% ../../nbs/core/01_config.ipynb #loraargs
 @dataclass
 class LoraArgs:
     "The adapter."
@@ -78,7 +78,7 @@ class LoraArgs:
     lr_ratio: float = 1.0  # learning rate of lora_B over that of the rest (LoRA+)
     also_train: list[str] = field(default_factory=list)  # whole weights beside the adapter: norms, embeddings, output
 
-
+# %% ../../nbs/core/01_config.ipynb #optimargs
 @dataclass
 class OptimArgs:
     "AdamW with a one-cycle learning rate."
@@ -161,7 +161,7 @@ CHOICE_ALIASES = {
 }  # noqa: E501
 _QUANTITY = re.compile(r"\s*([\d.]+)\s*(k|%|g|gb|gib|m|min|minutes)?\s*", re.I)
 
-
+# %% ../../nbs/core/01_config.ipynb #hint-for
 def hint_for(name: str, value: Any, want: type) -> str:
     "What to write instead of a value that does not fit a setting."
     key = name.split(".")[-1]
@@ -177,7 +177,7 @@ def hint_for(name: str, value: Any, want: type) -> str:
     if want is str and isinstance(value, str | int | float) or hasattr(value, "isoformat"): return f'write {key}: "{value}", in quotes'
     return f"write {key}: " + {int: "8", float: "6e-5", bool: "true", str: "path/to/it"}[want]
 
-
+# %% ../../nbs/core/01_config.ipynb #quantity-hint
 def _quantity_hint(key: str, want: type, number: str, unit: str | None) -> str:
     "A number without its unit"
     try: amount = float(number)
@@ -221,7 +221,7 @@ def _convert(value: Any, want: Any, name: str) -> Any:
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     raise ConfigError(name, f"{short_repr(value)} is not {words[want]}", hint_for(name, value, want))
 
-
+# %% ../../nbs/core/01_config.ipynb #convert-any
 def _convert_any(value: Any, kinds: tuple, name: str) -> Any:
     "`value` as one of several types; the error of the last one, if none fits"
     if value is None and type(None) in kinds: return None
@@ -238,7 +238,6 @@ def _number(value: str | float | int, want: type) -> float | int | None:
     except (ValueError, OverflowError): return None
     if not math.isfinite(number) or want is int and not number.is_integer(): return None
     return number if want is float else int(number)
-
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
@@ -279,7 +278,7 @@ class WeightedPath:
     path: Path
     weight: float = 1.0
 
-
+# %% ../../nbs/core/01_config.ipynb #parse-sources
 def parse_sources(text: str, name: str = "data") -> list[WeightedPath]:
     "The entries of `path:weight,path:weight`; `ConfigError` for a repeated path or a weight that is no usual number."
     out: list[WeightedPath] = []
@@ -290,7 +289,7 @@ def parse_sources(text: str, name: str = "data") -> list[WeightedPath]:
         out.append(WeightedPath(path, weight))
     return out
 
-
+# %% ../../nbs/core/01_config.ipynb #path-and-weight
 MIN_WEIGHT = 1e-9  # weight of a source
 
 
@@ -404,13 +403,13 @@ def check_paths(args: TrainArgs) -> TrainArgs:
     check_overlap(args)
     return args
 
-
+# %% ../../nbs/core/01_config.ipynb #why-missing
 def _why_missing(text: str) -> str:
     "What may be wrong with a source that does not exist"
     if "," in text and Path(text).exists(): return f"{text} is one path with a comma, which parts paths: rename it, or give a link to it"
     return f"looked in {Path.cwd()}"
 
-
+# %% ../../nbs/core/01_config.ipynb #check-overlap
 def check_overlap(args: TrainArgs) -> None:
     "`ConfigError` if rows of a source are those of another one too; a warning if rows of the evaluation are trained."
     def paths(*names: str) -> list[tuple[str, Path]]:
@@ -423,7 +422,7 @@ def check_overlap(args: TrainArgs) -> None:
     for _, path in held_out:
         if any(p == path or p in path.parents for _, p in train): warnings.warn(f"data.eval_instruct_data: {path} is trained on too", stacklevel=4)
 
-
+# %% ../../nbs/core/01_config.ipynb #why-not-jsonl
 OTHER_SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".gz", ".zip", ".xlsx", ".pkl", ".json", ".txt", ".md")
 
 
@@ -439,7 +438,7 @@ def why_not_jsonl(path: Path) -> str:
         except (ValueError, RecursionError): pass
     return f"{path} is not a file of JSON lines: {line}"
 
-
+# %% ../../nbs/core/01_config.ipynb #split-by-name
 def is_data_file(path: Path, folder: Path) -> bool:
     "Whether a file below `folder` may be data: not hidden, in no hidden folder such as .ipynb_checkpoints, no README."
     parts = path.relative_to(folder).parts
@@ -450,7 +449,6 @@ def jsonl_files(path: Path) -> list[Path]:
     "The `.jsonl` files of a source, sorted by path: the file itself, or all data files of that name below a folder."
     if not path.is_dir(): return [path]
     return sorted(p for p in path.rglob("*") if p.suffix.lower() == ".jsonl" and p.is_file() and is_data_file(p, path))
-
 
 _SPLIT = re.compile(
     r"(?:^|[^a-z])(?:(?P<train>train(?:ing)?)|test(?:ing|s)?|val(?:id(?:ation)?)?|dev|eval(?:uation)?"
@@ -465,7 +463,7 @@ def split_by_name(path: Path, folder: Path) -> str:
         if found := _SPLIT.search(name): return "train" if found["train"] else "eval"
     return ""
 
-
+# %% ../../nbs/core/01_config.ipynb #folder-notes
 def folder_notes(path: Path) -> list[str]:
     "What a training does with the files of a folder that nobody might expect: what it does not read, and what it reads as training data."
     if not path.is_dir(): return []
@@ -487,7 +485,7 @@ def read_yaml(path: str | Path) -> dict:
     if not isinstance(values, dict): raise ConfigError(str(path), "has no `key: value` lines")
     return values
 
-
+# %% ../../nbs/core/01_config.ipynb #parse-yaml
 def parse_yaml(text: str, name: str) -> Any:
     "What YAML text means; `ConfigError` with line and column if it is none, or has a key twice."
     try: return yaml.load(text, _Loader)  # a safe one
@@ -497,7 +495,7 @@ def parse_yaml(text: str, name: str) -> Any:
         raise ConfigError(name, f"is not YAML: {at}{getattr(e, 'problem', None) or e}") from None
     except (ValueError, RecursionError) as e: raise ConfigError(name, f"is not YAML: {str(e)[:100]}") from None  # a date or number that is none
 
-
+# %% ../../nbs/core/01_config.ipynb #loader
 class _Loader(yaml.SafeLoader):
     "YAML in which a key stands once."
 
@@ -512,7 +510,7 @@ class _Loader(yaml.SafeLoader):
             lines[key.value] = key.start_mark.line + 1
         return super().construct_mapping(node, deep)
 
-
+# %% ../../nbs/core/01_config.ipynb #override
 def _merge(base: dict, extra: dict) -> dict:
     "`extra` over `base`, block by block"
     return base | {k: _merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in extra.items()}
@@ -526,7 +524,7 @@ def _override(text: str) -> dict:
     for part in reversed(key.strip().split(".")): out = {part: out}
     return out
 
-
+# %% ../../nbs/core/01_config.ipynb #load-args
 def load_args(
     source: str | Path | dict | TrainArgs | None = None,  # a YAML file, a mapping, or settings to change
     *overrides: str,  # `a.b=c`, as on a command line
@@ -537,7 +535,7 @@ def load_args(
     for extra in [*map(_override, overrides), {k: to_dict(v) if is_dataclass(v) else v for k, v in values.items()}]: base = _merge(base, extra)
     return check_settings(from_dict(TrainArgs, base))
 
-
+# %% ../../nbs/core/01_config.ipynb #parse-command
 def to_dict(args: Any) -> dict:
     "Settings as plain nested dicts."
     return asdict(args)
@@ -569,7 +567,7 @@ def non_defaults(args: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
             if value != default: out.append((name, value, default))
     return out
 
-
+# %% ../../nbs/core/01_config.ipynb #settings-table
 def settings_table(args: TrainArgs) -> Table:
     "What differs from the defaults, as a table."
     return Table(["setting", "value", "default"], [(n, v, "" if d in (None, "") else d) for n, v, d in non_defaults(args)], title="Settings that differ from the defaults")

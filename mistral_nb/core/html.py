@@ -43,6 +43,7 @@ def one_line(text: Any, width: int = 80) -> str:
     flat = reveal_hidden(str(text)[: 4 * width], newline="↵")
     return flat if len(flat) <= width and len(str(text)) <= 4 * width else flat[: width - 1] + "…"
 
+
 def short_path(path: str | Path, parts: int = 2) -> str:
     "The last `parts` parts of a path, with … for what is left out."
     kept = Path(path).parts[-parts:]
@@ -99,7 +100,7 @@ class Table:
         title = f"<div><b>{escape(self.title)}</b></div>" if self.title else ""
         return f'<div class="tex2jax_ignore mathjax_ignore" style="overflow-x:auto">{title}<table>{head}{body}</table></div>'
 
-
+# %% ../../nbs/core/00_html.ipynb #cell-text
 def cell_text(value: Any) -> str:
     "A table cell: numbers with thousands separators, four significant digits for fractions."
     if isinstance(value, bool) or value is None: return str(value)

@@ -52,7 +52,7 @@ def parse_run_sources(data: str = "", instruct_data: str = "") -> list[Source]:
     text = [Source(s.path, "pretrain", s.weight) for s in parse_sources(data, "data.data")]
     return text + [Source(s.path, "instruct", s.weight) for s in parse_sources(instruct_data, "data.instruct_data")]
 
-
+# %% ../../nbs/data/23_batches.ipynb #tokenizedsource
 @dataclass(frozen=True, eq=False)
 class TokenizedSource:
     "A source as tokens, file by file."
@@ -71,7 +71,7 @@ class TokenizedSource:
     @property
     def trained(self) -> int: return int(self.samples.trained.sum(dtype=np.int64))
 
-
+# %% ../../nbs/data/23_batches.ipynb #tokenize-source
 def tokenize_source(
     source: Source,
     tokenizer: Tokenizer,
@@ -83,7 +83,7 @@ def tokenize_source(
     "Every line of a source as tokens; the first bad line raises `SampleError` with file and line."
     return TokenizedSource(source, [tokenize_file(f, tokenizer, source.kind, chunk, cache, workers, progress) for f in jsonl_files(source.path)])
 
-
+# %% ../../nbs/data/23_batches.ipynb #check-long
 def check_source(data: TokenizedSource, world_size: int = 1) -> TokenizedSource:
     "`data` itself if every rank gets rows and something is trained, else a `DataError`."
     if data.lines < world_size: raise DataError(f"{data.source.path} has {data.lines} rows for {world_size} ranks: add rows, join sources, or use fewer processes")
@@ -98,7 +98,7 @@ def check_long(data: TokenizedSource, seq_len: int, policy: str) -> TokenizedSou
         if len(long): raise DataError(f"{f.file}, line {f.line[long[0]]}: {f.length[long[0]] - 1:,} positions, seq_len is {seq_len:,}, and {len(long):,} lines of this file are as long: raise seq_len, or choose another long_rows")
     return data
 
-
+# %% ../../nbs/data/23_batches.ipynb #placed-lengths
 def placed_lengths(data: TokenizedSource, seq_len: int, policy: str) -> np.ndarray:
     "Positions of each sample that come into rows: none of one without a trained target, nor of such a piece of a long one."
     s = data.samples
@@ -110,7 +110,7 @@ def placed_lengths(data: TokenizedSource, seq_len: int, policy: str) -> np.ndarr
         placed[i] = sum(end - first for _, first, end, _ in pieces if all_trained or count_trained(s, i, first, end))
     return placed
 
-
+# %% ../../nbs/data/23_batches.ipynb #check-kept
 def check_kept(data: TokenizedSource, seq_len: int, policy: str) -> TokenizedSource:
     "`data` itself if something is trained after `policy`, else a `DataError`."
     s = data.samples
@@ -185,7 +185,7 @@ def rank_lines(file: TokenFile, rank: int, world_size: int) -> np.ndarray:
     "Numbers of the samples of every `world_size`-th line."
     return np.flatnonzero((file.line - 1) % world_size == rank)
 
-
+# %% ../../nbs/data/23_batches.ipynb #mistral-order-code
 def _mistral_order(data: TokenizedSource, shuffle: bool, seed: int, rank: int, world_size: int) -> Iterator[int]:
     "mistral-finetune's endless order: file after file, each reshuffled in place; the shorter beginnings follow the lines"
     rng, files, begin = np.random.RandomState(np.array((seed, rank))), [], 0
@@ -198,7 +198,7 @@ def _mistral_order(data: TokenizedSource, shuffle: bool, seed: int, rank: int, w
             if shuffle: rng.shuffle(samples)
             yield from samples
 
-
+# %% ../../nbs/data/23_batches.ipynb #mistral-train
 def _mistral_train(data: list[TokenizedSource], shuffles: list[bool], seq_len: int, seed: int, rank: int, world_size: int, counts: PackCounts) -> Iterator[list[Piece]]:
     "Rows of all sources, the next source chosen at random by weight"
     begin = np.cumsum([0, *(len(d.samples) for d in data)]).tolist()
@@ -210,7 +210,7 @@ def _mistral_train(data: list[TokenizedSource], shuffles: list[bool], seq_len: i
         i = rng.choice(range(len(rows)), p=share)
         yield [(begin[i] + number, *rest) for number, *rest in next(rows[i])]
 
-
+# %% ../../nbs/data/23_batches.ipynb #check-ranks
 def _check_ranks(data: TokenizedSource, world_size: int) -> None:
     "Without a trained token among its lines, a rank would wait for ever"
     for rank in range(world_size):
@@ -267,7 +267,7 @@ class TrainBatches:
             for name, value in state["counts"].items(): setattr(self.counts, name, value)
         while self.taken < state["taken"]: self.plan()
 
-
+# %% ../../nbs/data/23_batches.ipynb #train-batches
 def train_batches(
     data: list[TokenizedSource],
     seq_len: int,
@@ -302,7 +302,7 @@ def batched(rows: Iterable[list[Piece]], size: int, keep_last: bool) -> Iterator
     rows = iter(rows)
     while len(group := list(islice(rows, size))) == size or keep_last and group: yield group
 
-
+# %% ../../nbs/data/23_batches.ipynb #eval-batches
 def eval_batches(
     data: list[TokenizedSource],
     seq_len: int,

@@ -51,10 +51,9 @@ from .tokens import load_tokenizer
 class DataError(ValueError):
     "Data that cannot be trained on as a whole; says which and what to do."
 
-
 NumberedLines = list[tuple[int, bytes]]  # number, text
 
-
+# %% ../../nbs/data/20_cache.ipynb #read-chunks
 def read_chunks(path: str | Path, size: int = 1 << 18) -> Iterator[NumberedLines]:
     "The lines of a file in lists of about `size` bytes."
     out, held = [], 0
@@ -66,7 +65,7 @@ def read_chunks(path: str | Path, size: int = 1 << 18) -> Iterator[NumberedLines
             out, held = [], 0
     if out: yield out
 
-
+# %% ../../nbs/data/20_cache.ipynb #to-columns
 def to_columns(plans: list[tuple[int, int, EncodedPieces]]) -> dict[str, np.ndarray]:
     "Arrays of `(line, part, plan)`; `trained` counts the targets, and the first token never is one."
     parts = [p for _, _, (ps, _) in plans for p in ps]
@@ -91,7 +90,7 @@ def to_columns(plans: list[tuple[int, int, EncodedPieces]]) -> dict[str, np.ndar
         part=np.array([p for _, p, _ in plans], dtype=np.int32),
     )
 
-
+# %% ../../nbs/data/20_cache.ipynb #cached-encoder
 @lru_cache(maxsize=2)
 def _encoders(tokenizer: Tokenizer) -> tuple[Encoder, SimpleRowEncoder]: return (found := Encoder(tokenizer)), SimpleRowEncoder(found)
 
@@ -100,7 +99,7 @@ def cached_encoder(origin: str) -> Encoder:
     "The encoder of a tokenizer, see `Tokenizer.origin`; made once in each process, and again if the file is another."
     return _encoders(load_tokenizer(origin))[0]
 
-
+# %% ../../nbs/data/20_cache.ipynb #encode-lines
 def encode_lines(lines: NumberedLines, file: str, kind: str, origin: str, chunk: bool) -> dict[str, np.ndarray]:
     "Columns of some lines; the first bad one raises `SampleError`."
     (encoder, usual), out = _encoders(load_tokenizer(origin)), []
@@ -115,7 +114,7 @@ def encode_lines(lines: NumberedLines, file: str, kind: str, origin: str, chunk:
             out += [(n, part, p) for part, p in enumerate(encoder.plans(sample, where, chunk and kind == "instruct"))]
         return to_columns(out)
 
-
+# %% ../../nbs/data/20_cache.ipynb #gc-paused
 @contextmanager
 def gc_paused() -> Iterator[None]:
     "Without the collector of reference cycles, of which there are hardly any here; it would look for them all the time."
@@ -140,7 +139,7 @@ def container_cores(root: str | Path = "/sys/fs/cgroup") -> float:
         return int(quota) / int(period) if int(quota) > 0 else math.inf
     except (OSError, ValueError): return math.inf  # "max"
 
-
+# %% ../../nbs/data/20_cache.ipynb #map-ordered
 def map_ordered(work: Callable, jobs: Iterable, workers: int) -> Iterator[Any]:
     "`work(job)` for each job, in order, by this process and `workers - 1` helpers; holds a few results at most."
     if workers <= 1:
@@ -159,7 +158,7 @@ def map_ordered(work: Callable, jobs: Iterable, workers: int) -> Iterator[Any]:
     finally:
         for f in pending: f.cancel()
 
-
+# %% ../../nbs/data/20_cache.ipynb #leave-with
 def _leave_with(parent: int) -> None:
     "End this helper when the process that started it is gone, however it went"
     def watch() -> None:
@@ -194,7 +193,7 @@ def file_digest(path: str | Path, notes: Path | None = None) -> str:
     except OSError: pass  # a cache that can only be read
     return found
 
-
+# %% ../../nbs/data/20_cache.ipynb #cache-key
 def cache_key(path: str | Path, kind: str, tokenizer: Tokenizer, chunk: bool, notes: Path | None = None) -> str:
     "What the tokens of a file depend on, as a short name."
     maker = file_digest(tokenizer.file, notes) + "raw" * tokenizer.raw if tokenizer.file else tokenizer.origin
@@ -212,7 +211,7 @@ def record_batch(found: dict[str, np.ndarray]) -> pa.RecordBatch:
     lists = [pa.ListArray.from_arrays(ends(found[size]), pa.array(found[k], type=t)) for k, (size, t) in LIST_COLUMNS.items()]
     return pa.RecordBatch.from_arrays(lists + [pa.array(found[k]) for k in ("line", "part", "trained")], schema=TOKEN_SCHEMA)
 
-
+# %% ../../nbs/data/20_cache.ipynb #tokenfile
 class TokenFile:
     "The samples of one file: small arrays with an entry a sample, and ids that stay on the disk until asked for."
 
@@ -257,7 +256,7 @@ class TokenFile:
 
     def __repr__(self) -> str: return f"TokenFile({self.file.name}, {self.lines:,} lines, {len(self):,} samples, {self.length.sum():,} tokens)"
 
-
+# %% ../../nbs/data/20_cache.ipynb #open-cache
 def open_cache(file: str | Path, path: Path) -> TokenFile:
     "The cache file `path` as the tokens of `file`."
     reader = pa.ipc.open_file(pa.memory_map(str(path)))
@@ -273,7 +272,7 @@ def cache_folder(setting: str) -> Path | None:
     "The folder that `data.cache` means; None for nowhere."
     return {"": default_cache(), "none": None}.get(setting, Path(setting).expanduser())
 
-
+# %% ../../nbs/data/20_cache.ipynb #tokenize-file-code
 def tokenize_file(
     path: str | Path,
     tokenizer: Tokenizer,
@@ -303,7 +302,7 @@ def tokenize_file(
         write_cache(found, unchanged(), dict(file=str(Path(path).resolve()), tokenizer=tokenizer.origin, kind=kind, chunk=chunk))
         return open_cache(path, found)
 
-
+# %% ../../nbs/data/20_cache.ipynb #whole
 def _writable(folder: Path) -> bool:
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError: return False
@@ -326,7 +325,7 @@ def _the_only_one(lock: FileLock, note: str | bool) -> Any:
         if note: print(note)
         return lock.acquire(poll_interval=0.02)
 
-
+# %% ../../nbs/data/20_cache.ipynb #write-cache
 def write_cache(path: Path, batches: Iterable[pa.RecordBatch], facts: dict) -> None:
     "Write an Arrow file that appears when it is whole."
     part = path.with_suffix(f".{os.getpid()}-{os.urandom(4).hex()}.part")
@@ -336,7 +335,7 @@ def write_cache(path: Path, batches: Iterable[pa.RecordBatch], facts: dict) -> N
         part.replace(path)
     finally: part.unlink(missing_ok=True)
 
-
+# %% ../../nbs/data/20_cache.ipynb #tokenized
 def _tokenized(path: Path, tokenizer: Tokenizer, kind: str, chunk: bool, workers: int | None, progress: bool) -> Iterator[pa.RecordBatch]:
     "A record batch for each chunk of lines, in order"
     size = path.stat().st_size
@@ -351,7 +350,7 @@ def _tokenized(path: Path, tokenizer: Tokenizer, kind: str, chunk: bool, workers
             bar.set_postfix_str(f"{rows / (time.perf_counter() - began):,.0f} rows/s", refresh=False)
             bar.update(taken.popleft())
 
-
+# %% ../../nbs/data/20_cache.ipynb #noted
 def _noted(jobs: Iterable[NumberedLines], taken: deque) -> Iterator[NumberedLines]:
     "The jobs, with the bytes of each noted"
     for job in jobs:

@@ -124,6 +124,8 @@ ERRORS = {
     "tokenizer": "this version of the tokenizer has no way to write the conversation",
     "surrogate": "half of a character, which is no text",
 }
+
+# %% ../../nbs/data/32_check.ipynb #warnings
 WARNINGS = {
     "too-long": "longer than seq_len",
     "no-trained": "no token of the row is trained",
@@ -144,7 +146,7 @@ WARNINGS = {
 }
 FINDING_CODES = {**ERRORS, **WARNINGS}
 
-
+# %% ../../nbs/data/32_check.ipynb #finding
 @dataclass(frozen=True)
 class Finding:
     "Something about a row, and how it would be mended."
@@ -192,7 +194,7 @@ def _text_of(content: Any) -> str:
 @lru_cache(maxsize=4)
 def _known_shapes(origin: str) -> dict[tuple, str]: return {}
 
-
+# %% ../../nbs/data/32_check.ipynb #serving-shape
 def serving_shape(sample: ChatSample) -> tuple:
     "All that the answer of `serving_problem` depends on."
     made = [c.id for m in sample.messages for c in getattr(m, "tool_calls", None) or []]
@@ -210,7 +212,7 @@ def serving_shape(sample: ChatSample) -> tuple:
         parts.append((m.role, getattr(m, "weight", None), kind(m.content), calls(m), made.index(asked) if asked in made else asked is None))
     return (kind(sample.system_prompt), bool(sample.tools), sample.only_last, repr(sample.settings), *parts)
 
-
+# %% ../../nbs/data/32_check.ipynb #serving-problem
 def _is_object(text: str) -> bool:
     try: return isinstance(json.loads(text), dict)
     except (ValueError, RecursionError): return False
@@ -242,7 +244,7 @@ def lint_calls(sample: ChatSample) -> Iterator[Lint]:
         if isinstance(m, ToolMessage) and m.tool_call_id not in made: yield "call-id", f"message {i} (tool)", f"no call has the id {one_line(m.tool_call_id, 30)}"
     if declared and not called: yield "unused-tools", "tools", f"{', '.join(sorted(declared))}: none is called"
 
-
+# %% ../../nbs/data/32_check.ipynb #lint-chat-code
 def lint_chat(sample: ChatSample, tokenizer: Tokenizer) -> Iterator[Lint]:
     "What is odd about a conversation that training accepts."
     for where, text in sample_texts(sample): yield from lint_text(text, where)
@@ -254,7 +256,7 @@ def lint_chat(sample: ChatSample, tokenizer: Tokenizer) -> Iterator[Lint]:
     if odd := effort_mismatch(sample, tokenizer): yield "serving", "reasoning_effort", " and ".join(odd)
     if problem := serving_problem(sample, tokenizer): yield "serving", "messages", problem
 
-
+# %% ../../nbs/data/32_check.ipynb #lint
 def lint(sample: Sample, tokens: TokenSample, tokenizer: Tokenizer) -> Iterator[Lint]:
     "What is odd about a row that training accepts."
     yield from lint_text(sample.text, "text") if isinstance(sample, TextSample) else lint_chat(sample, tokenizer)
@@ -288,7 +290,7 @@ def lint_keys(line: bytes) -> Iterator[Lint]:
     except (ValueError, RecursionError): return
     for key in twice: yield "ignored", "", f"{one_line(key, 40)} stands twice in one object: the last one counts"
 
-
+# %% ../../nbs/data/32_check.ipynb #lint-row
 def lint_row(row: dict, kind: str = "instruct") -> Iterator[Lint]:
     "What a row says that training does not use."
     settings = {"settings"} if parse_settings({k: row[k] for k in ("settings",) if k in row}, Location()) else set()
@@ -302,7 +304,7 @@ def lint_row(row: dict, kind: str = "instruct") -> Iterator[Lint]:
         if not isinstance(row.get(key), list | None): yield "ignored", key, f"{one_line(repr(row[key]), 30)} is taken for no tools"
         for k, tool in enumerate(row.get(key) or []): yield from _lint_part(tool, "tool", f"{key}[{k}]")
 
-
+# %% ../../nbs/data/32_check.ipynb #lint-part
 def _lint_part(thing: Any, kind: str, where: str) -> Iterator[Lint]:
     if not isinstance(thing, dict): return
     func = thing.get("function")
@@ -325,7 +327,7 @@ def parse_line_lenient(line: bytes) -> Any:
     try: return parse_lenient(text.removesuffix(",").strip() if text[:1] == "{" else text)
     except ValueError: raise RefusedRowError("it is neither JSON nor a Python literal") from None
 
-
+# %% ../../nbs/data/32_check.ipynb #replace-characters
 def replace_characters(value: Any, pattern: re.Pattern = SURROGATE, into: str = "\ufffd") -> Any:
     "A row with all that `pattern` finds in its texts replaced; halves that belong together become their character."
     def mended(text: str) -> str:
@@ -342,7 +344,7 @@ def replace_characters(value: Any, pattern: re.Pattern = SURROGATE, into: str = 
                 todo.append(node[k])
     return out[0]
 
-
+# %% ../../nbs/data/32_check.ipynb #merge-twin-keys
 ROW_STRUCTURE = {"messages", "interactions", "conversations", "conversation", "tools", "available_tools", "functions", "system_prompt", "system", "only_last", "function_description", "text", "content", "instruction", "input", "output", "history"}
 TWIN_KEYS = (("messages", "interactions"), ("tools", "available_tools"), ("content", "text"))  # say the same
 
@@ -356,7 +358,7 @@ def merge_twin_keys(thing: Any) -> Any:
         elif (a, b) != ("content", "text") or "role" in thing or "is_user" in thing: raise RefusedRowError(f"{a} and {b} say different things")
     return {k: [merge_twin_keys(m) for m in v] if k in TWIN_KEYS[0] and isinstance(v, list) else v for k, v in thing.items()}
 
-
+# %% ../../nbs/data/32_check.ipynb #repair-line
 def repair_line(line: bytes, kind: str, version: str) -> tuple[dict, list[str]]:
     "The row of a bad line as training accepts it, and what was changed; `RefusedRowError` if there is no safe way."
     row = parse_line_lenient(line)
@@ -379,7 +381,7 @@ def repair_line(line: bytes, kind: str, version: str) -> tuple[dict, list[str]]:
     except SampleError as e: raise RefusedRowError(f"{e.problem}") from None
     return {**{k: v for k, v in row.items() if k not in ROW_STRUCTURE}, **done}, notes
 
-
+# %% ../../nbs/data/32_check.ipynb #text-diff
 def text_diff(before: str, after: str, width: int = 120) -> tuple[str, str]:
     "The part of two texts that differs, with a few characters around it, each in at most `width`."
     start = next((i for i, (a, b) in enumerate(zip(before, after)) if a != b), min(len(before), len(after)))
@@ -388,6 +390,7 @@ def text_diff(before: str, after: str, width: int = 120) -> tuple[str, str]:
     around = lambda t: ("…" if start > 20 else "") + t[max(0, start - 20) : len(t) - end + min(20, end)] + ("…" if end > 20 else "")
     return one_line(around(before), width), one_line(around(after), width)
 
+# %% ../../nbs/data/32_check.ipynb #row-diff
 def row_diff(line: bytes, after: dict) -> tuple[str, str]:
     "What a repair changes: the first message or other value that differs, before and after."
     try: before = parse_line_lenient(line)
@@ -421,7 +424,7 @@ def minhash(sample: Sample) -> np.ndarray:
     runs = np.unique(words[:-2] * _MIX[0] + words[1:-1] * _MIX[1] + words[2:] * _MIX[2])
     return (((runs[:, None] ^ (runs[:, None] >> np.uint64(29))) * _A + _B) >> np.uint64(32)).min(0).astype(np.uint32)
 
-
+# %% ../../nbs/data/32_check.ipynb #near-duplicates
 def near_duplicates(signatures: np.ndarray) -> list[tuple[int, int]]:
     "`(row, earlier row)` for rows whose signatures agree in at least `NEAR_DUPLICATE_SHARE` of their places."
     found, real = {}, np.flatnonzero(signatures.any(1))
@@ -460,12 +463,12 @@ def check_line(n: int, line: bytes, file: str, kind: str, encoder: Any, chunk: b
     problem = error.problem + (f"; repaired: {', '.join(notes)}" if notes else "")
     return REPAIRED, [replace(error, problem=problem, before=before, after=after), *odd], sample, tokens
 
-
+# %% ../../nbs/data/32_check.ipynb #to-finding
 def to_finding(error: SampleError, file: str, line: int) -> Finding:
     "An error of the schema or the tokenizer as a finding."
     return Finding(error.code, file, line, error.where.field, error.problem + (f" ({error.hint})" if error.hint else ""))
 
-
+# %% ../../nbs/data/32_check.ipynb #check-lines-code
 def check_lines(lines: NumberedLines, file: str, kind: str, origin: str, chunk: bool) -> dict[str, Any]:
     "What is found in some lines: states, findings, hashes, and the columns of their tokens."
     encoder, found, samples = cached_encoder(origin), dict(state=[], findings=[], hash=[], signature=[]), []
@@ -501,7 +504,7 @@ class FileReport:
 
     def rows(self, state: int) -> int: return int((self.state == state).sum())
 
-
+# %% ../../nbs/data/32_check.ipynb #check-file-code
 def check_file(file: Path, source: Source, tokenizer: Tokenizer, chunk: bool, held_out: bool, scratch: Path, cache: Path | None, workers: int | None, progress: bool) -> FileReport:
     "Read a file once; its tokens go to the cache if every line is good, else to a scratch file."
     before = file_digest(file)
@@ -527,7 +530,7 @@ def check_file(file: Path, source: Source, tokenizer: Tokenizer, chunk: bool, he
     out.tokens = open_cache(file, path)
     return out
 
-
+# %% ../../nbs/data/32_check.ipynb #moved
 def _moved(path: Path, final: Path) -> Path:
     "Into the cache, so that nobody sees half of it"
     part = final.with_suffix(f".{os.getpid()}-{os.urandom(4).hex()}.part")
@@ -666,14 +669,14 @@ def corrected_lines(file: FileReport, version: str, also: Sequence[str], dropped
         tally["repaired" if edited else "kept"] += 1
         yield to_json_line(changed).encode() if edited else line
 
-
+# %% ../../nbs/data/32_check.ipynb #why-refused
 def why_refused(line: bytes, file: FileReport, version: str) -> str:
     "Why training refuses a line; empty if it does not."
     try: cached_encoder(file.origin).samples(parse_line(line, file.source.kind, version=version))
     except SampleError as e: return f"{e.code}: {e}"
     return ""
 
-
+# %% ../../nbs/data/32_check.ipynb #write-corrected
 def write_corrected(report: CheckReport, also: Sequence[str] = ()) -> Table:
     "Write a `.corrected` and, where rows are rejected, a `.rejected` file beside each file that needs one; returns what was written. Kept, repaired and rejected rows add up to all rows."
     if unknown := set(also) - set(FIXABLE): raise ValueError(f"{', '.join(sorted(unknown))} cannot be mended: also takes {', '.join(FIXABLE)}")
@@ -723,7 +726,7 @@ def check(
     settings = dict(seq_len=seq_len, batch_size=1, num_microbatches=1, max_steps=100, long_rows="split", packing="best_fit", world_size=1)
     return with_source_problems(CheckReport(files, settings, tokenizer.version, [], scratch, folder_notes(one.path)))
 
-
+# %% ../../nbs/data/32_check.ipynb #with-source-problems
 def _rows_to_check(source: Any, table: bool) -> Iterator[Any]:
     "Rows of an object; the first that is none raises"
     for _, row in read_rows(source):
@@ -739,7 +742,7 @@ def with_source_problems(report: CheckReport) -> CheckReport:
             except DataError as e: report.problems.append(str(e))
     return report
 
-
+# %% ../../nbs/data/32_check.ipynb #check-run
 def check_run(args: TrainArgs, scratch: Any, workers: int | None, progress: bool) -> CheckReport:
     "All sources of a run, for training and evaluation, as training would read them."
     tokenizer, problems = load_tokenizer(args.model_id_or_path), []
@@ -760,7 +763,7 @@ def check_run(args: TrainArgs, scratch: Any, workers: int | None, progress: bool
     if args.data.long_rows == "error" and (n := report.counts["too-long"]): problems.append(f"{n:,} rows are longer than seq_len {args.seq_len:,}, and long_rows is error")
     return report
 
-
+# %% ../../nbs/data/32_check.ipynb #vocab-size-of
 def vocab_size_of(folder: str | Path, default: int) -> int:
     "What a model folder says of its vocabulary, or `default`."
     for name in ("params.json", "config.json"):

@@ -65,7 +65,7 @@ def texts_of_row(value: Any) -> Iterator[str]:
                 v for k, v in node.items() if k not in ("role", "type", "id", "tool_call_id", "tools", "name")
             ]
 
-
+# %% ../../nbs/data/16_convert.ipynb #oddity-notes
 def oddity_notes(row: dict) -> set[str]:
     "What a reader should know of the texts of a converted row."
     notes = set()
@@ -102,7 +102,7 @@ def convert_row(
         raise RefusedRowError(f"not a row of {format}", one_line(e, 60)) from None
     return out, list(dict.fromkeys([*notes, *found, *fields.left(), *sorted(oddity_notes(out))]))
 
-
+# %% ../../nbs/data/16_convert.ipynb #converted
 def _converted(row: UsedKeys, form: Any, how: MessageReader) -> tuple[dict, list[str]]:
     "The row for training of one that fits, and notes"
     notes: list[str] = []
@@ -123,7 +123,7 @@ def _converted(row: UsedKeys, form: Any, how: MessageReader) -> tuple[dict, list
     _try(out)
     return out, draft.notes + notes
 
-
+# %% ../../nbs/data/16_convert.ipynb #draft
 def _draft(row: UsedKeys, form: Any, how: MessageReader) -> DraftChat | str:
     "The draft of a row; if a call cannot be read, of what stands before it"
     try: return form.read(row, how)
@@ -132,7 +132,7 @@ def _draft(row: UsedKeys, form: Any, how: MessageReader) -> DraftChat | str:
         e.before.notes.append("cut at a call that cannot be read")
         return e.before
 
-
+# %% ../../nbs/data/16_convert.ipynb #try
 def _try(row: dict) -> None:
     "`RefusedRowError` if training would not take a row, whichever version it is for"
     thinks = any(
@@ -235,7 +235,7 @@ def convert(
     out.notes = dict((notes + stream.notes).most_common())
     return out
 
-
+# %% ../../nbs/data/16_convert.ipynb #kept-rows
 def kept_rows(stream: Rows, out: Conversion, notes: Counter, seed: int, version: int | None) -> Iterator[dict]:
     "The converted rows of a stream; `out` and `notes` count on the way."
     for number, (where, row) in enumerate(stream):
@@ -291,7 +291,7 @@ def _reformat_chat(row: dict) -> dict | None:
     if not keep: return None
     return {**{k: v for k, v in row.items() if k != "functions"}, "messages": messages[:keep], **tools}
 
-
+# %% ../../nbs/data/16_convert.ipynb #reformat-calls
 def _reformat_calls(text: str) -> list[dict]:
     try: value = json.loads(text.replace("'", ""))
     except json.JSONDecodeError:
@@ -302,12 +302,12 @@ def _reformat_calls(text: str) -> list[dict]:
         for c in (value if isinstance(value, list) else [value])
     ]
 
-
+# %% ../../nbs/data/16_convert.ipynb #reformat-tool
 def _reformat_tool(f: dict) -> dict:
     func = {"name": f["name"], "description": f["description"], "parameters": f["parameters"] or {}}
     return {"type": "function", "function": func}
 
-
+# %% ../../nbs/data/16_convert.ipynb #reformat-glaive
 def _reformat_glaive(row: dict, new_id: Callable[[], str]) -> dict | None:
     text, out = row["function_description"], []
     if "\n\n" in text: text = "[" + text.replace("\n\n", ",") + "]"

@@ -45,7 +45,7 @@ def int32_bytes(ids: Any) -> bytes:
     "Ids as the bytes of 32-bit integers; such bytes are joined faster than lists."
     return np.asarray(ids, dtype=np.int32).tobytes()
 
-
+# %% ../../nbs/data/18_fast.ipynb #byte-pairs-code
 def byte_pairs(model: Any) -> tuple[tiktoken.Encoding, list[list[int]], list[str]]:
     "A SentencePiece model as tiktoken's ranks, what each rank is in ids, and the symbols that are found as a whole."
     every = [(i, model.id_to_piece(i)) for i in range(model.vocab_size())]
@@ -59,7 +59,7 @@ def byte_pairs(model: Any) -> tuple[tiktoken.Encoding, list[list[int]], list[str
     ids = [[pieces[t]] if (t := b.decode("utf-8", "replace")) in pieces and t.encode() == b else [single[x] for x in b] for b in order]
     return tiktoken.Encoding("pieces", pat_str=_CUTS, mergeable_ranks={b: k for k, b in enumerate(order)}, special_tokens={}), ids, whole
 
-
+# %% ../../nbs/data/18_fast.ipynb #piece-encoder
 def piece_encoder(model: Any) -> Callable[[str], bytes] | None:
     "A function from text to ids that equals `model.encode`; None for a vocabulary of another kind."
     pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
@@ -111,7 +111,7 @@ class PlaceholderTokenizer:
         number = -1 - self.texts.setdefault(s, len(self.texts))
         return [self.base.bos_id] * bos + [number] + [self.base.eos_id] * eos
 
-
+# %% ../../nbs/data/18_fast.ipynb #encoder
 class Encoder:
     "Samples to ids as `data.tokens` does it, only faster."
 
@@ -144,7 +144,7 @@ class Encoder:
         "The same as token samples"
         return [to_token_sample(plan) for plan in self.plans(sample, where, chunk)]
 
-
+# %% ../../nbs/data/18_fast.ipynb #to-token-sample
 def text_pieces(encoder: Encoder, text: str) -> EncodedPieces:
     "Plain text between the tokens of begin and end."
     base = encoder.tokenizer.base
@@ -184,7 +184,7 @@ def parse_simple_row(row: Any) -> tuple[str, list[str]] | None:
     order = "".join(roles)
     return (order, texts) if _TURNS.fullmatch(order) else None
 
-
+# %% ../../nbs/data/18_fast.ipynb #simplerowencoder
 class SimpleRowEncoder:
     "Plans of usual rows, by their order of roles."
 

@@ -32,7 +32,7 @@ class ReadRow(dict):
     "A row with what its reader has to say of it."
     notes: tuple[str, ...] = ()
 
-
+# %% ../../nbs/data/11_files.ipynb #parse-json
 def parse_json(text: str) -> tuple[Any, tuple[str, ...]]:
     "The value of a JSON text, and the keys that one object in it has twice."
     twice: list[str] = []
@@ -43,7 +43,7 @@ def parse_json(text: str) -> tuple[Any, tuple[str, ...]]:
         return found
     return json.loads(text, object_pairs_hook=note), tuple(dict.fromkeys(twice))
 
-
+# %% ../../nbs/data/11_files.ipynb #with-notes
 def duplicate_key_notes(twice: Iterable[str]) -> tuple[str, ...]:
     "A note for each key that stands twice."
     return tuple(f"{key} stands twice: the last one counts" for key in dict.fromkeys(twice))
@@ -58,8 +58,6 @@ def with_notes(row: Any, twice: Iterable[str]) -> Any:
 
 # %% ../../nbs/data/11_files.ipynb #loose
 _QUOTED = re.compile(r"""(["']arguments["']\s*:\s*)'(.*)'(\s*}\s*]?\s*)$""", re.S)
-
-
 _TRAILING = re.compile(r'("(?:\\.|[^"\\])*(?:"|$))|,(?=\s*[}\]])', re.S)
 MAX_LITERAL_CHARS = 5_000_000  # characters that are tried as a Python literal, which takes fifty times as much memory
 
@@ -83,7 +81,7 @@ def _json_with_commas(text: str, twice: list[str]) -> Any:
     "JSON with a comma behind the last item, or behind all of it"
     return _json(_TRAILING.sub(lambda m: m[1] or "", text.strip().rstrip(",")), twice)
 
-
+# %% ../../nbs/data/11_files.ipynb #python
 def _python(text: str, twice: list[str]) -> Any:
     if len(text) > MAX_LITERAL_CHARS: raise ValueError("too long")
     value = ast.literal_eval(text.strip())
@@ -94,7 +92,7 @@ def _python(text: str, twice: list[str]) -> Any:
             twice += [key for key, n in counts.items() if n > 1]
     return value
 
-
+# %% ../../nbs/data/11_files.ipynb #single-quoted
 def _single_quoted(text: str, twice: list[str]) -> Any:
     found = _QUOTED.search(text)
     if not found: raise ValueError
@@ -134,7 +132,7 @@ def bracket_depth(line: str) -> int:
     bare = _STRING.sub("", line)
     return sum(map(bare.count, "{[")) - sum(map(bare.count, "}]"))
 
-
+# %% ../../nbs/data/11_files.ipynb #joined-lines
 def joined_lines(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     "`(number of the first line, text)` for each value of a file of JSON, whether it takes a line or several."
     held: list[tuple[int, str]] = []
@@ -170,7 +168,7 @@ def read_values(text: str) -> list[tuple[Any, tuple[str, ...]]]:
         except ValueError: found = _literal(text, error)
     return [_opened_once(*pair) for pair in found]
 
-
+# %% ../../nbs/data/11_files.ipynb #in-a-row
 def _in_a_row(text: str) -> list[tuple[Any, tuple[str, ...]]]:
     "Objects and lists one behind the other, with commas or white space between them"
     found, at = [], _GAP.match(text).end()
@@ -181,7 +179,7 @@ def _in_a_row(text: str) -> list[tuple[Any, tuple[str, ...]]]:
         at = _GAP.match(text, end).end()
     return found
 
-
+# %% ../../nbs/data/11_files.ipynb #literal
 def _literal(text: str, error: ValueError) -> list[tuple[Any, tuple[str, ...]]]:
     twice: list[str] = []
     for read in (_json_with_commas, _python):
@@ -263,7 +261,7 @@ def rows_of_document(value: Any, notes: Counter) -> list:
         elif key != named[0]: notes[f"{key!r}, beside the rows in {named[0]!r}, left out"] += 1
     return _from_server(rows_of_value(value[named[0]]), notes)
 
-
+# %% ../../nbs/data/11_files.ipynb #from-server
 def _from_server(rows: list, notes: Counter) -> list:
     "Rows that a server wrapped as `{row_idx, row}`"
     if not rows or not all(
@@ -292,13 +290,13 @@ def rows_by_column(value: dict) -> list[dict] | None:
     if not all(_is_column(k, c) for k, c in value.items()): return None
     return [dict(zip(value, cells)) for cells in zip(*columns)]
 
-
+# %% ../../nbs/data/11_files.ipynb #is-column
 def _is_column(name: str, values: list) -> bool:
     "Whether a list is a column of cells, and not the messages or tools of one row"
     if name in NESTED_ROWS: return all(isinstance(v, list) for v in values)
     return not any(isinstance(v, dict | list) for v in values)
 
-
+# %% ../../nbs/data/11_files.ipynb #split-table
 def _split_table(columns: Any, data: Any, index: Any = None) -> list[dict] | None:
     "The rows of a table that keeps its columns' names apart"
     named = isinstance(columns, list) and all(isinstance(c, str) for c in columns)
@@ -352,7 +350,7 @@ def csv_records(
                 continue
             if cells: yield line, cells
 
-
+# %% ../../nbs/data/11_files.ipynb #swallowed
 def _swallowed(first: int, last: int) -> Iterator[tuple[int, str]]:
     "An error for every line from an open quote to the end of the file"
     yield first, "a quote opens in this row and is never closed"
@@ -398,7 +396,7 @@ def read_csv(path: Path, usual: str, notes: Counter) -> Iterator[tuple[Location,
             if not NULL_WORDS.isdisjoint(cells): notes["rows with words such as NULL or NaN kept as texts"] += 1
             yield where, _csv_row(header, [c.strip() for c in cells] if spaced else cells, where)
 
-
+# %% ../../nbs/data/11_files.ipynb #csv-row
 def _csv_row(header: list[str], cells: list[str], where: Location) -> dict | SampleError:
     if more := len(cells) - len(header) if len(cells) > len(header) else 0:
         what = f"the row has {more} more cells than the header"
@@ -417,7 +415,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[Location, Any]]:
                 continue
             yield from rows_of_text(text, where)
 
-
+# %% ../../nbs/data/11_files.ipynb #rows-of-text
 def rows_of_text(text: str, where: Location) -> Iterator[tuple[Location, Any]]:
     "The rows in a text of JSON; where several lines make no value together, each line is tried alone."
     if text.strip(" \t\r\n,") in ("[", "]"): return  # of a list that is broken elsewhere
@@ -435,7 +433,7 @@ def rows_of_text(text: str, where: Location) -> Iterator[tuple[Location, Any]]:
         return
     yield from ((where, row) for row in found)
 
-
+# %% ../../nbs/data/11_files.ipynb #read-json-code
 def read_json(path: Path, notes: Counter) -> Iterator[tuple[Location, Any]]:
     "The rows of a file that is one JSON value; if it is not, of JSON lines under another name."
     with open_text(path) as f: text = f.read()
@@ -465,7 +463,7 @@ def read_parquet(path: Path) -> Iterator[tuple[Location, Any]]:
             n += 1
             yield Location(str(path), n), row
 
-
+# %% ../../nbs/data/11_files.ipynb #read-text
 def read_text(path: Path, notes: Counter) -> Iterator[tuple[Location, Any]]:
     "A text file as one document, unless it holds JSON lines."
     with open_text(path) as f: text = f.read()
@@ -493,7 +491,7 @@ def file_kind(path: Path) -> str:
     kind = path.suffix.lower()
     return Path(path.stem).suffix.lower() if kind == ".gz" else kind
 
-
+# %% ../../nbs/data/11_files.ipynb #read-file-code
 def read_file(path: Path, notes: Counter) -> Iterator[tuple[Location, Any]]:
     "`(place, row)` of everything in a file; what cannot be read stands in its place as a `SampleError`."
     kind, last = file_kind(path), Location(str(path))

@@ -39,7 +39,7 @@ def first_message(row: dict) -> dict | None:
         if isinstance(found[0], dict): return found[0]
     return None
 
-
+# %% ../../nbs/data/15_formats.ipynb #system-text
 def system_text(row: UsedKeys, notes: list[str]) -> list[dict]:
     "The system prompt of a row that has it apart from its messages."
     said = row.first("system_prompt", "system")
@@ -47,7 +47,7 @@ def system_text(row: UsedKeys, notes: list[str]) -> list[dict]:
     found = normalize_message({"role": "system", "content": said}, MessageReader(None), [], notes)
     return [{"role": "system", "content": found["content"]}]
 
-
+# %% ../../nbs/data/15_formats.ipynb #from-chat
 def from_chat(row: UsedKeys, how: MessageReader) -> DraftChat:
     "A conversation with its tools; `UnreadableCallError` with what stands before a call that cannot be read."
     notes: list[str] = []
@@ -95,7 +95,7 @@ def from_glaive(row: UsedKeys, how: MessageReader) -> DraftChat:
     if unreadable: raise unreadable
     return draft
 
-
+# %% ../../nbs/data/15_formats.ipynb #is-other
 def _is_other(m: Any) -> bool:
     "Whether a speaker is none of Glaive's"
     known = (
@@ -133,7 +133,7 @@ def question_text(row: UsedKeys, notes: list[str]) -> str:
     texts = [message_text(v, k) for k, v in parts.items()]
     return "\n\n".join([t for t in texts if t.strip()] + answer_options(row, notes))
 
-
+# %% ../../nbs/data/15_formats.ipynb #answer-options
 def answer_options(row: UsedKeys, notes: list[str]) -> list[str]:
     "The options of a multiple choice, a line each; none if they are no texts."
     found = row.thing.get("options") or row.thing.get("choices")
@@ -146,10 +146,10 @@ def answer_options(row: UsedKeys, notes: list[str]) -> list[str]:
     notes.append("options written below the question")
     return ["\n".join(f"{k}. {v}" for k, v in found.items())]
 
-
+# %% ../../nbs/data/15_formats.ipynb #letter
 def _letter(i: int) -> str: return "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[i] if i < 26 else str(i + 1)
 
-
+# %% ../../nbs/data/15_formats.ipynb #from-pairs
 def from_pairs(row: UsedKeys, how: MessageReader) -> DraftChat:
     "A question and an answer, also with a system prompt and a `history` of earlier pairs."
     notes: list[str] = []
@@ -183,7 +183,7 @@ def is_marked(row: dict) -> bool:
     text = next((row[k] for k in TEXT_KEYS if row.get(k) is not None), None)
     return isinstance(text, str) and ("[INST]" in text and "[/INST]" in text or chat_markup(text) is not None)
 
-
+# %% ../../nbs/data/15_formats.ipynb #from-markup
 def from_markup(row: UsedKeys, how: MessageReader) -> DraftChat:
     "A text that is a chat in a markup: Mistral's `[INST]`, ChatML, and those of other models."
     text = row.first(*TEXT_KEYS)
@@ -196,7 +196,7 @@ def from_markup(row: UsedKeys, how: MessageReader) -> DraftChat:
     ]
     return DraftChat(said, [], notes)
 
-
+# %% ../../nbs/data/15_formats.ipynb #inst-turns
 def _inst_turns(text: str) -> list[dict]:
     "The messages of a text in Mistral's markup, also with `<<SYS>>`"
     before, *turns = text.split("[INST]")
@@ -258,7 +258,7 @@ def is_preference(row: dict) -> bool:
         and all(isinstance(a, str) for a in answers)
     )
 
-
+# %% ../../nbs/data/15_formats.ipynb #is-one-message
 ID_KEYS = (
     "conversation_id", "parent_id", "message_id", "thread_id", "dialogue_id", "dialog_id", "session_id",
     "message_tree_id", "turn",
@@ -287,7 +287,7 @@ def refuse_message(row: UsedKeys, how: MessageReader) -> DraftChat:
     by = f"join them by {' or '.join(ids)}" if ids else "they have no id by which they could be joined"
     raise RefusedRowError(f"the row is one message of a conversation: {by}, into one row with all messages")
 
-
+# %% ../../nbs/data/15_formats.ipynb #refuse-gap
 def refuse_gap(row: UsedKeys, how: MessageReader) -> DraftChat:
     "Rows for filling a gap are refused."
     raise RefusedRowError("the row is a text with a gap (prefix, middle, suffix): there is no training for those")
@@ -315,13 +315,21 @@ def _is_openai(row: dict) -> bool:
 
 def _is_glaive(row: dict) -> bool:
     return "function_description" in row and isinstance(row.get("conversations"), list)
+
+
 def _is_ultrachat(row: dict) -> bool: return "prompt_id" in row and _is_openai(row)
+
+
 def _is_alpaca(row: dict) -> bool: return "instruction" in row and "output" in row and has_pair(row)
+
+
 def _is_text(row: dict) -> bool: return any(isinstance(row[k], str | None) for k in TEXT_KEYS if k in row)
+
+
 def _has_gap(row: dict) -> bool:
     return all(isinstance(row.get(k), str) for k in ("prefix", "suffix", "middle"))
 
-
+# %% ../../nbs/data/15_formats.ipynb #formats
 FORMATS = {
     f.name: f
     for f in (
@@ -370,6 +378,8 @@ FORMATS = {
         Format("text", "plain text under one of " + ", ".join(TEXT_KEYS), _is_text, from_text, TEXT_KEYS),
     )
 }
+
+# %% ../../nbs/data/15_formats.ipynb #read-formats
 READ_FORMATS = tuple(n for n, f in FORMATS.items() if not f.read.__name__.startswith("refuse"))
 
 # %% ../../nbs/data/15_formats.ipynb #named
@@ -392,7 +402,7 @@ class FormatGuess:
 class UnknownFormatError(ValueError):
     "Rows of no format that is known; shows them, and the nearest formats."
 
-
+# %% ../../nbs/data/15_formats.ipynb #guess-format
 def guess_format(source: Any, among: int = 200) -> FormatGuess:
     "The format of the first rows of a DataFrame, file or list, see `FORMATS`; `UnknownFormatError` if none fits."
     stream = read_rows(source)
@@ -425,7 +435,7 @@ def _unknown(rows: list[dict], every: list[tuple[Any, Any]]) -> str:
     what = f"the columns {', '.join(columns)} are of no format that is known; the first rows are\n{shown}"
     return f"{what}\nnearest are\n{hints}\n{_advice(rows, columns)}{also}"
 
-
+# %% ../../nbs/data/15_formats.ipynb #advice
 def _advice(rows: list[dict], columns: list[str]) -> str:
     "What to do with columns of unknown names"
     if any(c.endswith(("?", ".", "!")) or c.count(" ") > 2 for c in columns):

@@ -39,7 +39,7 @@ MARKUP_TOKENS = {
     }.items()
 }
 
-
+# %% ../../nbs/data/13_markup.ipynb #find-marks
 def find_marks(text: str) -> Iterator[tuple[str, int, str]]:
     "`(kind, place, mark)` of the first mark of each kind in a text."
     if not any(c in text for c in "<[#:{"): return
@@ -70,10 +70,9 @@ class Markup:
 def _markup(name: str, head: str, ends: str = "", preamble: bool = False, flags: int = 0) -> Markup:
     return Markup(name, re.compile(head, flags), re.compile(ends or _EDGE), preamble, bool(ends))
 
-
 _EDGE = r"<s>|</s>|<\|endoftext\|>"
 
-
+# %% ../../nbs/data/13_markup.ipynb #markups-code
 MARKUPS = (
     _markup("ChatML", r"<\|im_start\|>(\w+)[^\S\n]*(?:\n|$)", r"<\|im_end\|>"),
     _markup(
@@ -97,7 +96,7 @@ LABEL_ROLES = dict(
     tool="tool",
 )
 
-
+# %% ../../nbs/data/13_markup.ipynb #chat-markup
 def chat_markup(text: str) -> Markup | None:
     "The markup of a text that is a whole chat: it begins with it, and has a question and an answer."
     for markup in MARKUPS:
@@ -110,7 +109,7 @@ def chat_markup(text: str) -> Markup | None:
         return markup
     return None
 
-
+# %% ../../nbs/data/13_markup.ipynb #strip-markup
 def strip_markup(text: str) -> str:
     "A text without white space and marks of begin and end around it; those inside stay."
     while True:

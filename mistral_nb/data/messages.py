@@ -58,7 +58,7 @@ def message_text(value: Any, what: str = "content") -> str:
     if isinstance(value, int | float) and not isinstance(value, bool): return str(value)
     raise RefusedRowError(f"{what} is not a text", one_line(repr(value), 40))
 
-
+# %% ../../nbs/data/14_messages.ipynb #content-part
 def content_part(part: Any, notes: list[str]) -> dict:
     "One part of a message: text, or a thought."
     if isinstance(part, str): return {"type": "text", "text": part}
@@ -78,7 +78,7 @@ def content_part(part: Any, notes: list[str]) -> dict:
     notes += found.left()
     return out
 
-
+# %% ../../nbs/data/14_messages.ipynb #message-content
 def message_content(value: Any, role: str, notes: list[str]) -> str | list[dict]:
     "The content of a message: a text, or parts where there are several or thoughts."
     if role in ("tool", "assistant") and (isinstance(value, dict) or role == "tool" and _is_data(value)):
@@ -92,14 +92,13 @@ def message_content(value: Any, role: str, notes: list[str]) -> str | list[dict]
     if not parts: return ""
     return parts[0]["text"] if len(parts) == 1 and parts[0]["type"] == "text" else parts
 
-
+# %% ../../nbs/data/14_messages.ipynb #is-data
 def _is_data(value: Any) -> bool:
     "Whether a value is data, and not a text or its parts"
     if isinstance(value, bool): return True
     if not isinstance(value, list) or any(isinstance(p, dict) and p.get("type") in MEDIA_PARTS for p in value):
         return False
     return any(not isinstance(p, dict | str) or isinstance(p, dict) and "text" not in p for p in value)
-
 
 MEDIA_PARTS = ("image", "image_url", "input_image", "audio", "input_audio", "video", "file", "document")
 
@@ -144,7 +143,7 @@ def parse_flag(value: Any) -> int | None:
     "0 or 1 for a value that means one of them, else None."
     return _FLAGS.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None
 
-
+# %% ../../nbs/data/14_messages.ipynb #answer-weight
 def answer_weight(thing: UsedKeys, notes: list[str]) -> int | None:
     "The weight that a message or row gives its answers; None if it gives none."
     found: dict[str, int] = {}
@@ -200,7 +199,7 @@ def allow_null(schema: Any) -> bool:
     others = [s for key in ("anyOf", "oneOf") for s in schema.get(key) or []]
     return any(map(allow_null, others))
 
-
+# %% ../../nbs/data/14_messages.ipynb #clean-schema
 def clean_schema(schema: Any, notes: list[str]) -> Any:
     "A JSON schema without the nulls that mean nothing, and with JSON's names of types."
     if isinstance(schema, list): return [clean_schema(s, notes) for s in schema]
@@ -221,7 +220,7 @@ def clean_schema(schema: Any, notes: list[str]) -> Any:
         else: out[key] = value
     return out
 
-
+# %% ../../nbs/data/14_messages.ipynb #type-name
 TYPE_NAMES = dict(
     dict="object", str="string", text="string", int="integer", float="number", double="number",
     bool="boolean", list="array", tuple="array", set="array", none="null", any=None,
@@ -256,7 +255,7 @@ def normalize_tools(value: Any, notes: list[str]) -> list[dict]:
     if not isinstance(every, list): raise RefusedRowError("the tools are not a list", one_line(repr(value), 40))
     return [_tool(parse_json_text(tool, "a tool", notes), notes) for tool in every]
 
-
+# %% ../../nbs/data/14_messages.ipynb #tool
 def _tool(tool: Any, notes: list[str]) -> dict:
     if not isinstance(tool, dict): raise RefusedRowError("a tool is not an object", one_line(repr(tool), 40))
     outer = UsedKeys(tool, "tool")
@@ -279,7 +278,7 @@ def _tool(tool: Any, notes: list[str]) -> dict:
         },
     }
 
-
+# %% ../../nbs/data/14_messages.ipynb #parameters
 def _parameters(value: Any, notes: list[str]) -> dict:
     "The schema of a function's arguments, also from a bare list of properties"
     if not value: return {"type": "object", "properties": {}}
@@ -309,7 +308,7 @@ def normalize_arguments(value: Any, schema: dict | None = None, notes: list[str]
         raise RefusedRowError("the arguments of a call are not an object", one_line(repr(value), 40))
     return json.dumps(_asked_for(value, [schema or {}], schema or {}, notes), ensure_ascii=False)
 
-
+# %% ../../nbs/data/14_messages.ipynb #branches
 def _branches(schemas: list, root: dict, deep: int = 8) -> list[dict]:
     "Some schemas and all that they refer to, or are made of"
     out = []
@@ -328,7 +327,7 @@ def _branches(schemas: list, root: dict, deep: int = 8) -> list[dict]:
         out += _branches([*inner, *([node] if isinstance(ref, str) else [])], root, deep - 1)
     return out
 
-
+# %% ../../nbs/data/14_messages.ipynb #known-of
 def _known_of(key: str, schemas: list[dict]) -> list:
     "What schemas say of a property"
     found = []
@@ -341,7 +340,7 @@ def _known_of(key: str, schemas: list[dict]) -> list:
             found.append(s["additionalProperties"])
     return found
 
-
+# %% ../../nbs/data/14_messages.ipynb #asked-for
 def _asked_for(value: Any, schemas: list, root: dict, notes: list[str]) -> Any:
     "Arguments without the nulls that no tool asked for"
     every = _branches(schemas, root)
@@ -358,13 +357,13 @@ def _asked_for(value: Any, schemas: list, root: dict, notes: list[str]) -> Any:
         else: notes.append(f"null {key} of a call's arguments left out")
     return out
 
-
+# %% ../../nbs/data/14_messages.ipynb #is-json
 def is_json(text: Any) -> bool:
     "Whether a text is a JSON object or list."
     try: return isinstance(json.loads(text), dict | list)
     except (ValueError, TypeError, RecursionError): return False
 
-
+# %% ../../nbs/data/14_messages.ipynb #normalize-call
 def normalize_call(value: Any, ids: CallIds, tools: list[dict] = (), notes: list[str] | None = None) -> dict:
     "A call from `{name, arguments}`, alone or under `function`, or its JSON text."
     notes = [] if notes is None else notes
@@ -389,7 +388,7 @@ def normalize_call(value: Any, ids: CallIds, tools: list[dict] = (), notes: list
         "function": {"name": name, "arguments": arguments},
     }
 
-
+# %% ../../nbs/data/14_messages.ipynb #normalize-calls
 def normalize_calls(value: Any, ids: CallIds, tools: list[dict], notes: list[str]) -> list[dict]:
     "The calls of a message: a list, one call, or the JSON text of either; a call that is all null is none."
     value = parse_json_text(value, "a call", notes)
@@ -419,7 +418,7 @@ def normalize_role(name: Any) -> str:
         )
     return ROLE_NAMES[key]
 
-
+# %% ../../nbs/data/14_messages.ipynb #find-messages
 def find_messages(value: Any) -> list:
     "The messages of a conversation in any of its layouts."
     value = parse_json_text(value, "the conversation")
@@ -495,14 +494,14 @@ def normalize_message(value: Any, how: MessageReader, tools: list[dict], notes: 
     notes += m.left()
     return out
 
-
+# %% ../../nbs/data/14_messages.ipynb #untrained-flags
 def _untrained_flags(m: UsedKeys, role: str) -> list[str]:
     "A note for each flag of training on a message that is no answer"
     found = [key for key in TRAIN_FLAGS if key in m.thing]
     m.read.update(found)
     return [f"{key} of a {role} message left out: only answers are trained" for key in found]
 
-
+# %% ../../nbs/data/14_messages.ipynb #answer
 def _answer(out: dict, m: UsedKeys, how: MessageReader, tools: list[dict], notes: list[str]) -> None:
     "What only an answer has: thoughts, a refusal, calls, a weight"
     out["content"] = add_thoughts(m, out["content"], how.thinks, notes)
@@ -546,7 +545,7 @@ def match_results(results: list[dict], calls: list[dict], notes: list[str]) -> l
         results = [*results[: len(calls) - 1], join_results(results[len(calls) - 1 :])]
     return [{**r, "tool_call_id": i} for r, i in zip(results, known)]
 
-
+# %% ../../nbs/data/14_messages.ipynb #join-results
 def join_results(results: list[dict]) -> dict:
     "Several results as one, a line each; one stays as it is."
     if len(results) == 1: return results[0]
@@ -557,7 +556,7 @@ def content_text(content: str | list[dict]) -> str:
     "The text of a content, parts behind one another."
     return content if isinstance(content, str) else "".join(p.get("text", "") for p in content)
 
-
+# %% ../../nbs/data/14_messages.ipynb #shared-result
 def shared_result(result: dict, n: int, notes: list[str]) -> list[dict]:
     "One result for `n` calls: its parts if it is a list of as many, otherwise the same for each."
     try: parts = json.loads(content_text(result["content"]))
@@ -617,7 +616,7 @@ def finish_draft(draft: DraftChat, whole: bool = False) -> list[dict]:
         raise RefusedRowError("there is no message of a user before the answers")
     return ([{"role": "system", "content": system}] if system else []) + out[:last]
 
-
+# %% ../../nbs/data/14_messages.ipynb #ends-before
 def _ends_before(m: dict, out: list[dict]) -> str:
     "Why a conversation must end before a message; nothing if it need not"
     if m["role"] == "system": return "a system prompt in the middle"
@@ -630,7 +629,7 @@ def _ends_before(m: dict, out: list[dict]) -> str:
         return "a result without a call"
     return f"an empty {m['role']} message" if not m.get("tool_calls") and is_blank(m["content"]) else ""
 
-
+# %% ../../nbs/data/14_messages.ipynb #parted
 def _parted(m: dict, whole: bool, notes: list[str]) -> list[dict]:
     "A message as training takes it; text and call of one are two unless `whole`"
     if not m.get("tool_calls"): return [m]
@@ -641,7 +640,7 @@ def _parted(m: dict, whole: bool, notes: list[str]) -> list[dict]:
     notes.append("text and call of one message made two messages")
     return [{k: v for k, v in m.items() if k != "tool_calls"}, call]
 
-
+# %% ../../nbs/data/14_messages.ipynb #results-behind
 def _results_behind(todo: list[dict], notes: list[str]) -> list[dict]:
     "The results that follow a call, taken from the list"
     if (
@@ -656,6 +655,6 @@ def _results_behind(todo: list[dict], notes: list[str]) -> list[dict]:
     while todo and todo[0]["role"] == "tool": results.append(todo.pop(0))
     return results
 
-
+# %% ../../nbs/data/14_messages.ipynb #cut
 def _cut(why: str, rest: list) -> str:
     return f"cut at {why}" if rest or why.startswith("a call") else f"{why} left out"

@@ -28,7 +28,7 @@ def row_length(row: list[Piece]) -> int:
     "Positions that the pieces of a row take."
     return sum(end - first for _, first, end, _ in row)
 
-
+# %% ../../nbs/data/21_pack.ipynb #batch-code
 @dataclass(frozen=True, eq=False)
 class Batch:
     "Packed rows as flat arrays of `batch_size * seq_len` positions: `x[i]` and what precedes it in its block predict `y[i]`."
@@ -44,7 +44,7 @@ class Batch:
 
     def __repr__(self) -> str: return f"Batch({len(self.x)} positions, {self.trained} trained, {len(self.seqlens)} blocks)"
 
-
+# %% ../../nbs/data/21_pack.ipynb #fill-rows
 def fill_rows(rows: Sequence[list[Piece]], data: Any, seq_len: int) -> Batch:
     "The planned rows one behind the other, each padded at its end with token 0; `data` as `SampleList`."
     xs, ys, whys, seqlens, padding = [], [], [], [], 0
@@ -68,7 +68,7 @@ def fill_rows(rows: Sequence[list[Piece]], data: Any, seq_len: int) -> Batch:
     why = np.concatenate(whys)
     return Batch(x, y, (why & 1).view(bool), tuple(seqlens), padding, why)
 
-
+# %% ../../nbs/data/21_pack.ipynb #samplelist
 class SampleList:
     "What packing asks of data; this one holds a list, and a cache file will do as well."
 
@@ -85,7 +85,7 @@ class SampleList:
 
     def turns(self, i: int) -> tuple[int, ...]: return self._samples[i].turns
 
-
+# %% ../../nbs/data/21_pack.ipynb #pack-samples
 def pack_samples(rows: list[list[TokenSample]], seq_len: int) -> Batch:
     "A batch of rows that are given sample by sample."
     numbers = iter(range(sum(map(len, rows))))
@@ -140,7 +140,7 @@ class PackCounts:
         "The counts as a table"
         return Table(["what", "count"], [(f.name, getattr(self, f.name)) for f in fields(self)] + [("fill", f"{self.fill:.1%}")], title="Positions taken from the data")
 
-
+# %% ../../nbs/data/21_pack.ipynb #count-trained
 def count_trained(data: Any, i: int, first: int, end: int) -> int:
     "Trained targets in a range of sample `i`."
     if (first, end) == (1, data.length[i]): return int(data.trained[i])
@@ -224,7 +224,7 @@ class BestFit:
         self.windows, self.born, self.rows = state["windows"], state["born"], {row: [tuple(p) for p in pieces] for row, pieces in state["rows"]}
         self.free = sorted((self.seq_len - row_length(pieces), row) for row, pieces in self.rows.items())
 
-
+# %% ../../nbs/data/21_pack.ipynb #finiteorder
 class FiniteOrder:
     "Samples in a given order, once."
 
@@ -284,7 +284,7 @@ class Packer:
         self.fit.load_state(state["fit"])
         self.ready = deque([tuple(p) for p in row] for row in state["ready"])
 
-
+# %% ../../nbs/data/21_pack.ipynb #best-fit-rows
 def best_fit_rows(order: Iterable[int], data: Any, seq_len: int, counts: PackCounts | None = None, seed: int = 0, window: int = 64, policy: str = "split") -> Packer:
     "Rows of some samples, in which every sample up to `seq_len` positions is whole; deterministic for a seed."
     return Packer(FiniteOrder(order, data.length), data, seq_len, counts, seed, window, policy)

@@ -52,7 +52,7 @@ def is_too_deep(value: Any, most: int = MAX_DEPTH) -> bool:
         if not level: return False
     return True
 
-
+# %% ../../nbs/data/12_rows.ipynb #parse-json-cells
 def parse_json_cells(row: dict, twice: list[str] | None = None) -> dict:
     "A row in which columns of conversations and tools that hold text, as in csv files, hold what it says."
     return {k: _said(v, twice) if k in NESTED_ROWS and isinstance(v, str) else v for k, v in row.items()}
@@ -72,7 +72,7 @@ class Rows(Iterator):
 
     def __next__(self) -> tuple[Location, Any]: return next(self.pairs)
 
-
+# %% ../../nbs/data/12_rows.ipynb #read-rows
 def read_rows(source: Any) -> Rows:
     "`(place, row)` of a file, a folder of files, a DataFrame, an Arrow table or any iterable of rows."
     notes: Counter = Counter()
@@ -83,7 +83,7 @@ def read_rows(source: Any) -> Rows:
         found = ((Location("rows", n), row) for n, item in numbered for row in _rows_of_item(item))
     return Rows(((where, _cleaned(where, row)) for where, row in found), notes)
 
-
+# %% ../../nbs/data/12_rows.ipynb #one-dict
 def _one_dict(source: dict) -> str:
     "What to do with a dict where rows are asked for"
     parts = [k for k, v in source.items() if not isinstance(v, str | int | float | list | dict | None)]
@@ -101,7 +101,7 @@ def _rows_of_path(path: Path, notes: Counter) -> Iterator[tuple[Location, Any]]:
     if not files: raise ValueError(f"no file to read in {path}: looked for {', '.join(READABLE_SUFFIXES)}")
     return (pair for file in files for pair in read_file(file, notes))
 
-
+# %% ../../nbs/data/12_rows.ipynb #items
 def _items(source: Any) -> Iterable:
     "The rows of a DataFrame, an Arrow table or another iterable, each as Python's own values"
     columns = [str(c) for c in getattr(source, "column_names", getattr(source, "columns", []))]
@@ -113,7 +113,7 @@ def _items(source: Any) -> Iterable:
         return (row for batch in source.to_batches() for row in batch.to_pylist())
     return source
 
-
+# %% ../../nbs/data/12_rows.ipynb #cleaned
 def _cleaned(where: Location, row: Any) -> Any:
     if isinstance(row, dict | list) and is_too_deep(row):
         return SampleError(where, f"it is nested more than {MAX_DEPTH} deep", "", "json")
@@ -156,7 +156,7 @@ def write_rows(rows: Iterable[dict], path: str | Path, overwrite: bool = False) 
         raise FileExistsError(f"{path} is there already: choose another name, or overwrite=True")
     return write_atomic(path, (f"{to_json_line(row)}\n".encode() for row in rows))
 
-
+# %% ../../nbs/data/12_rows.ipynb #write-atomic
 def write_atomic(path: str | Path, parts: Iterable[bytes]) -> int:
     "Write a file so that nobody ever sees half of it; returns the number of parts."
     path, n = Path(path), 0
@@ -169,7 +169,7 @@ def write_atomic(path: str | Path, parts: Iterable[bytes]) -> int:
     finally: part.unlink(missing_ok=True)
     return n
 
-
+# %% ../../nbs/data/12_rows.ipynb #to-json-line
 def to_json_line(row: Any) -> str:
     "A row as one line of JSON; unpaired surrogates, which no file can hold, are written as escapes."
     text = json.dumps(row, ensure_ascii=False)

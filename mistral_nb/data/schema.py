@@ -53,7 +53,7 @@ class Location:
         tail = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts)
         return Location(self.file, self.line, (self.field + tail).lstrip("."))
 
-
+# %% ../../nbs/data/10_schema.ipynb #sampleerror
 class SampleError(ValueError):
     "A row that cannot be trained on; says where, what is wrong, and what to do."
 
@@ -78,7 +78,6 @@ class ChatSample:
     tools: tuple | None = None  # mistral-common's `Tool`s
     only_last: bool = False  # train on the last assistant message only
     settings: dict | None = None  # reasoning_effort and json_schema of a request, for v15
-
 
 Sample = TextSample | ChatSample
 SAMPLE_KINDS = ("instruct", "pretrain")
@@ -124,13 +123,13 @@ def parse_tools(tools: Any, where: Location) -> tuple[Tool, ...]:
     try: return _build_tools(json.dumps(tools), where)
     except RecursionError: raise SampleError(where, "a schema is nested too deeply", code="tool") from None
 
-
+# %% ../../nbs/data/10_schema.ipynb #build-tools
 def _build_tools(text: str, where: Location) -> tuple[Tool, ...]:
     found = _checked_tools(text)
     if isinstance(found, str): raise SampleError(where, found, code="tool")
     return found
 
-
+# %% ../../nbs/data/10_schema.ipynb #checked-tools
 @lru_cache(maxsize=4096)
 def _checked_tools(text: str) -> tuple[Tool, ...] | str:
     "Tools from their JSON text, or what is wrong with them"
@@ -141,7 +140,7 @@ def _checked_tools(text: str) -> tuple[Tool, ...] | str:
         return tuple(tools)
     except (ValidationError, MistralCommonException) as e: return error_text(e)
 
-
+# %% ../../nbs/data/10_schema.ipynb #is-simple-schema
 JSON_TYPES = {"object", "string", "integer", "number", "boolean", "array", "null"}
 _NAME = re.compile("[a-zA-Z0-9_-]{1,64}")
 
@@ -159,7 +158,7 @@ def is_simple_schema(schema: Any, deep: int = 8) -> bool:
         if not good: return False
     return True
 
-
+# %% ../../nbs/data/10_schema.ipynb #error-text
 def is_simple_tool(tool: Tool) -> bool:
     "Whether a tool is fine at a glance."
     return _NAME.fullmatch(tool.function.name) is not None and is_simple_schema(tool.function.parameters)
@@ -207,7 +206,7 @@ def parse_system(value: Any, where: Location) -> str | list:
     if not value: raise SampleError(where, "the system prompt has no parts", "leave it out, or give it a text", "no-content")
     return SystemMessage(content=value).content
 
-
+# %% ../../nbs/data/10_schema.ipynb #parse-message
 def parse_message(entry: Any, where: Location) -> tuple[str, Any]:
     "`(role, message)` of one entry; for the system role the message is its text."
     if "role" not in expect_type(entry, dict, where):
@@ -334,7 +333,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
         for n, line in enumerate(f, 1):
             yield n, (line.removeprefix(b"\xef\xbb\xbf") if n == 1 else line).removesuffix(b"\n")
 
-
+# %% ../../nbs/data/10_schema.ipynb #read-samples
 def read_samples(path: str | Path, kind: str = "instruct", version: str = "v3") -> Iterator[tuple[int, Sample]]:
     "`(line number, sample)` for each line of a file; the first bad line raises `SampleError`."
     for n, line in read_lines(path): yield n, parse_line(line, kind, Location(str(path), n), version)

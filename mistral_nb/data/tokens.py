@@ -77,7 +77,7 @@ def tokenizer_file(folder: str | Path) -> Path:
     if not found: raise TokenizerError(f"no tokenizer in {folder}: copy tekken.json or tokenizer.model.v3 from the model's release into it")
     return found[-1]
 
-
+# %% ../../nbs/data/17_tokens.ipynb #tokenizer
 @dataclass(frozen=True)
 class Tokenizer:
     "mistral-common's tokenizer with what training asks of it."
@@ -116,7 +116,7 @@ class Tokenizer:
 
     def __repr__(self) -> str: return f"Tokenizer({self.file or 'bundled'}, {self.version}, {self.vocab_size:,} tokens)"
 
-
+# %% ../../nbs/data/17_tokens.ipynb #from-file
 @lru_cache(maxsize=None)
 def _bundled(name: str) -> Tokenizer: return Tokenizer(BUNDLED[name](), None, name)
 
@@ -126,7 +126,7 @@ def _from_file(file: Path, origin: str, state: tuple) -> Tokenizer:
     if note := other_template(file.parent): warnings.warn(note, stacklevel=4)
     return Tokenizer(_plain_model(file) or MistralTokenizer.from_file(str(file)), file, origin)
 
-
+# %% ../../nbs/data/17_tokens.ipynb #plain-model
 def _plain_model(file: Path) -> MistralTokenizer | None:
     "A tokenizer.model without a version in its name, by its control tokens; None for v1 and for other names"
     if file.name != "tokenizer.model": return None
@@ -138,7 +138,7 @@ def _plain_model(file: Path) -> MistralTokenizer | None:
     tokens = writer(SentencePieceTokenizer(file, version))
     return MistralTokenizer(tokens, get_validator(version, ValidationMode.test), get_normalizer(version, None))
 
-
+# %% ../../nbs/data/17_tokens.ipynb #as-finetune
 RAW_PREFIX = "as mistral-finetune: "  # before the origin of a raw tokenizer
 
 
@@ -146,7 +146,7 @@ def as_finetune(tokenizer: Tokenizer) -> Tokenizer:
     "A tokenizer that encodes messages up to v3 as they stand, without what a server mends in them."
     return tokenizer if tokenizer.raw else replace(tokenizer, origin=RAW_PREFIX + tokenizer.origin, raw=True)
 
-
+# %% ../../nbs/data/17_tokens.ipynb #load-tokenizer
 def load_tokenizer(where: str | Path) -> Tokenizer:
     "The tokenizer of a model folder, of a tokenizer file, or bundled for `v1`, `v2`, `v3`, `v3-tekken`, `v7`; the last few are kept."
     if str(where).startswith(RAW_PREFIX): return as_finetune(load_tokenizer(str(where).removeprefix(RAW_PREFIX)))
@@ -189,7 +189,6 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
             "or extend a 32000-token model with extend_vocab"
         )
 
-
 RELEASED_VOCAB_SIZES = (32000, 32768, 131072)  # vocabulary sizes of Mistral's releases; other sizes belong to models that somebody extended
 
 # %% ../../nbs/data/17_tokens.ipynb #token-sample
@@ -212,7 +211,7 @@ class TokenSample:
 
     def __repr__(self) -> str: return f"TokenSample({len(self)} tokens, {int(self.mask.sum())} trained)"
 
-
+# %% ../../nbs/data/17_tokens.ipynb #concat-pieces
 MessageIds = list[tuple[list[int], int]]  # ids and why they are there, a message each
 
 
@@ -260,7 +259,7 @@ def has_thought(sample: ChatSample) -> bool:
     "Whether an answer of the sample holds a thought."
     return any(isinstance(c, ThinkChunk) for m in sample.messages if isinstance(m.content, list) for c in m.content)
 
-
+# %% ../../nbs/data/17_tokens.ipynb #request-settings
 def request_settings(sample: ChatSample, tokenizer: Tokenizer) -> dict[str, Any]:
     "The settings of the request that a sample answers, as mistral-common's request takes them; `ValueError` before v15."
     found = dict(sample.settings or {})
@@ -272,7 +271,7 @@ def request_settings(sample: ChatSample, tokenizer: Tokenizer) -> dict[str, Any]
         found["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
     return found
 
-
+# %% ../../nbs/data/17_tokens.ipynb #effort-mismatch
 def effort_mismatch(sample: ChatSample, tokenizer: Tokenizer) -> tuple[str, str] | None:
     "What the answers of a v15 sample do, and what its reasoning_effort asks for, if these differ."
     if tokenizer.number < 15: return None
@@ -295,7 +294,7 @@ def served_messages(sample: ChatSample, tokenizer: Tokenizer) -> tuple[list[tupl
     each = iter(weights)
     return [(m, next(each) if isinstance(m, AssistantMessage) else None) for m in request.messages], request.settings
 
-
+# %% ../../nbs/data/17_tokens.ipynb #answer-weights
 def answer_weights(messages: Sequence[Any]) -> list[float | None]:
     "The weight of each answer that a server sees from v7 on: neighbouring answers of one weight are one."
     pairs = zip(messages, [None, *messages])
@@ -307,7 +306,7 @@ def drop_call_ids(message: AssistantMessage) -> AssistantMessage:
     if not message.tool_calls: return message
     return message.model_copy(update={"tool_calls": [c.model_copy(update={"id": "null"}) for c in message.tool_calls]})
 
-
+# %% ../../nbs/data/17_tokens.ipynb #encode-messages
 def encode_messages(
     sample: ChatSample,
     tokenizer: Tokenizer,
@@ -336,7 +335,7 @@ def encode_messages(
         out.append((memo[key], why_of(message, weight, last, sample.only_last)))
     return out
 
-
+# %% ../../nbs/data/17_tokens.ipynb #encode-code
 def why_of(message: Any, weight: float | None, last: bool, only_last: bool) -> int:
     "Why the tokens of a message are trained or not, a key of `WHY`."
     if not isinstance(message, AssistantMessage): return {"user": QUESTION, "tool": RESULT, "system": SYSTEM}[message.role]
@@ -346,7 +345,6 @@ def why_of(message: Any, weight: float | None, last: bool, only_last: bool) -> i
 def encode_chat(sample: ChatSample, tokenizer: Tokenizer) -> TokenSample:
     "Ids and mask of a conversation; `NotImplementedError`, `AssertionError` or mistral-common's errors if the version has no way to write it."
     return concat_pieces(encode_messages(sample, tokenizer))
-
 
 ENCODING_ERRORS = (MistralCommonException, AssertionError, NotImplementedError, ValueError, RuntimeError, TypeError)  # what mistral-common raises for a message that a version cannot write
 
@@ -370,7 +368,7 @@ def with_prefixes(sample: Sample, tokenizer: Tokenizer) -> list[Sample]:
     "A sample and its shorter beginnings, see `conversation_prefixes`; from v7 on none ends where the tokenizer joins two answers."
     return [sample, *(conversation_prefixes(sample, joined=tokenizer.number >= 7) if isinstance(sample, ChatSample) else [])]
 
-
+# %% ../../nbs/data/17_tokens.ipynb #encode-with-prefixes
 def encode_with_prefixes(sample: Sample, tokenizer: Tokenizer, where: Location = Location()) -> list[TokenSample]:
     "Ids and masks of a sample and its shorter beginnings."
     return [encode(s, tokenizer, where) for s in with_prefixes(sample, tokenizer)]
@@ -403,7 +401,7 @@ class IdComparison:
     @property
     def same(self) -> bool: return self.at is None
 
-
+# %% ../../nbs/data/17_tokens.ipynb #certificate
 @dataclass(frozen=True)
 class Certificate:
     "Comparisons of a sample's ids with those of servers."
@@ -423,7 +421,7 @@ class Certificate:
 
     def _repr_html_(self) -> str: return self.table()._repr_html_()
 
-
+# %% ../../nbs/data/17_tokens.ipynb #certify-code
 def compare_ids(what: str, ours: list[int], theirs: list[int], tokenizer: Tokenizer) -> IdComparison:
     "Where two lists of ids differ first, with the text of the next eight tokens."
     at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), None if len(ours) == len(theirs) else min(len(ours), len(theirs)))
@@ -440,7 +438,7 @@ def certify(sample: Sample, tokenizer: Tokenizer) -> Certificate:
     settings = [IdComparison("reasoning_effort", 0, 0, *odd)] if (odd := effort_mismatch(sample, tokenizer)) else []
     return Certificate((*settings, *compare_with_servers(sample, tokenizer), *compare_with_template(sample, tokenizer, every)))
 
-
+# %% ../../nbs/data/17_tokens.ipynb #compare-with-servers
 def compare_with_servers(sample: ChatSample, tokenizer: Tokenizer) -> Iterator[IdComparison]:
     "The ids before each trained answer against those that a server sends."
     m, joins = sample.messages, tokenizer.number >= 7
@@ -452,14 +450,14 @@ def compare_with_servers(sample: ChatSample, tokenizer: Tokenizer) -> Iterator[I
             if why == TRAINED: yield compare_with_server(sample, i, done, tokenizer)
         done = [*done, *ids]
 
-
+# %% ../../nbs/data/17_tokens.ipynb #compare-with-server
 def compare_with_server(sample: ChatSample, i: int, ours: list[int], tokenizer: Tokenizer) -> IdComparison:
     "Whether a server sends the ids `ours` before message `i`."
     try: theirs = served_ids(replace(sample, messages=sample.messages[: i + 1]), tokenizer)
     except ENCODING_ERRORS as e: return IdComparison(f"server, before message {i}", len(ours), 0, "", f"refused: {one_line(error_text(e), 60)}")
     return compare_ids(f"server, before message {i}", list(ours), theirs, tokenizer)
 
-
+# %% ../../nbs/data/17_tokens.ipynb #compare-with-template
 def compare_with_template(sample: ChatSample, tokenizer: Tokenizer, ours: list[int]) -> list[IdComparison]:
     "The comparison with the chat template in the tokenizer's folder, if transformers is installed and there is one."
     folder = tokenizer.file.parent if tokenizer.file else None

@@ -112,7 +112,7 @@ def token_bytes(tokenizer: Tokenizer, id: int) -> bytes:
     if tokenizer.base._model.is_byte(id): return bytes([int(piece[3:-1], 16)])
     return piece.replace("▁", " ").encode()
 
-
+# %% ../../nbs/data/25_view.ipynb #token-texts
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     "Each token as a reader wants to see it."
     out, decoder = [], getincrementaldecoder("utf-8")("replace")
@@ -125,7 +125,7 @@ def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
         out.append(decoder.decode(held) or "".join(f"⟨{b:02X}⟩" for b in held))
     return out
 
-
+# %% ../../nbs/data/25_view.ipynb #make-view
 def token_kind(why: int, special: bool) -> str:
     "The kind of a token, from its reason and from whether it is a control token."
     if special: return "stop" if why == TRAINED else "control"
@@ -152,7 +152,7 @@ def tokens_as_text(shown: TokenView, color: bool) -> str:
     more = len(shown.ids) - shown.limit
     return "".join(out).replace("⟧⟦", "") + (f"\n… {more:,} more tokens" if more > 0 else "") + "\n" + ", ".join(shown.legend())
 
-
+# %% ../../nbs/data/25_view.ipynb #tokens-as-html
 def tokens_as_html(shown: TokenView) -> str:
     "For a notebook, trusted or not: inline styles only, everything from the data escaped."
     parts, borders = [], shown.borders()
@@ -186,7 +186,7 @@ def show(
     if isinstance(thing, Batch): return show_batch(thing, tokenizer, limit)
     raise TypeError(f"cannot show a {type(thing).__name__}: give a row, a sample, a batch or the settings of a run")
 
-
+# %% ../../nbs/data/25_view.ipynb #show-batch
 def show_batch(batch: Batch, tokenizer: Tokenizer, limit: int) -> TokenView:
     "The targets of each block behind its first input; padding as it is."
     why = batch.mask.astype(np.uint8) if batch.why is None else batch.why
@@ -215,13 +215,13 @@ class TokenGallery:
         shown = "".join(f'<div style="margin-top:10px"><b>{escape(where)}</b></div>{body(v)}' for where, v in self.views)
         return f'<div class="tex2jax_ignore mathjax_ignore" style="overflow-wrap:anywhere">{shown}</div>'
 
-
+# %% ../../nbs/data/25_view.ipynb #sample-lines
 def sample_lines(path: Path, n: int, among: int = 10_000) -> list[tuple[int, bytes]]:
     "`n` of the first `among` lines of a file, evenly spread."
     lines = list(islice(read_lines(path), among))
     return [lines[int(i)] for i in np.unique(np.linspace(0, len(lines) - 1, n).round())] if lines and n else []
 
-
+# %% ../../nbs/data/25_view.ipynb #show-run
 def show_run(args: TrainArgs, n: int = 5, limit: int = 1000) -> TokenGallery:
     "`n` rows of a run's data, from all its sources."
     tokenizer, views = load_tokenizer(args.model_id_or_path), []
@@ -262,7 +262,7 @@ def draw_trained(axes: Any, data: Sequence[TokenizedSource]) -> None:
     axes.hist([d.samples.trained / np.maximum(1, d.samples.length - 1) for d in data], np.linspace(0, 1, 21), stacked=True)
     axes.set(xlabel="share of trained tokens", title="Trained")
 
-
+# %% ../../nbs/data/25_view.ipynb #compare-packings
 def compare_packings(data: Sequence[TokenizedSource], seq_len: int, most: int = 20_000) -> dict[str, PackCounts]:
     "Where the positions of at most `most` samples go: a sample a row, mistral-finetune's way, best fit."
     samples = TokenFile.join([d.samples for d in data])
@@ -275,7 +275,7 @@ def compare_packings(data: Sequence[TokenizedSource], seq_len: int, most: int = 
     for _ in best_fit_rows(order, samples, seq_len, best): pass
     return {"a sample a row": padded, "cut at row ends": cut, "best fit": best}
 
-
+# %% ../../nbs/data/25_view.ipynb #draw-packing
 def draw_packing(axes: Any, found: dict[str, PackCounts]) -> None:
     "Trained, prompt and empty positions, in rows of one length."
     names, left = [f"{n}\n{c.rows:,} rows" + (f", {c.cut:,} cut" if c.cut else "") for n, c in found.items()], np.zeros(len(found))
@@ -286,7 +286,7 @@ def draw_packing(axes: Any, found: dict[str, PackCounts]) -> None:
     axes.set(xlim=(0, 1), title="Packing")
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
 
-
+# %% ../../nbs/data/25_view.ipynb #draw-mixing
 def draw_mixing(axes: Any, data: Sequence[TokenizedSource], seq_len: int, samples: int = 2000, seed: int = 0) -> None:
     "Each source's share of the placed positions so far, and its weight."
     data = [d for d in data if d.trained]
@@ -302,7 +302,7 @@ def draw_mixing(axes: Any, data: Sequence[TokenizedSource], seq_len: int, sample
         axes.axhline(d.source.weight / total, color=line.get_color(), linestyle=":", linewidth=1)
     axes.set(xscale="log", xlabel="samples", ylim=(0, 1.02), title="Mix, by what is placed")
 
-
+# %% ../../nbs/data/25_view.ipynb #plot-overview
 def plot_overview(data: Sequence[TokenizedSource], seq_len: int) -> Picture:
     "Lengths, turns, trained share, packing and mix of a run's sources."
     from matplotlib.figure import Figure

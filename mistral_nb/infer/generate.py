@@ -62,7 +62,7 @@ def eval_mode(model: Transformer, tuned: bool = True) -> Iterator[None]:
         with torch.no_grad(), nullcontext() if tuned else adapter_off(model): yield
     finally: model.train(was)
 
-
+# %% ../../nbs/infer/46_generate.ipynb #stream-tokens
 def stream_tokens(
     model: Transformer,
     prompts: Sequence[list[int]],  # ids
@@ -89,7 +89,7 @@ def stream_tokens(
         alive = [a and t != stop for a, t in zip(alive, ids.tolist())]
         if not any(alive): return
 
-
+# %% ../../nbs/infer/46_generate.ipynb #generate
 def generate(model: Transformer, prompts: Sequence[list[int]], stop: int | None = None, **options: Any) -> list[list[int]]:
     "The whole continuation of each prompt, without the stop token; options as for `stream_tokens`."
     out: list[list[int]] = [[] for _ in prompts]
@@ -123,12 +123,12 @@ class Reply:
         calls = [f"{c.function.name}({c.function.arguments})" for c in self.tool_calls]
         return "\n".join(filter(None, [self.text, *calls])) + ("" if self.ended else " …")
 
-
+# %% ../../nbs/infer/46_generate.ipynb #call-id
 def call_id(rng: random.Random) -> str:
     "An id for a tool call: nine letters and digits."
     return "".join(rng.choices(string.ascii_letters + string.digits, k=9))
 
-
+# %% ../../nbs/infer/46_generate.ipynb #parse-reply
 def parse_reply(ids: list[int], tokenizer: Tokenizer, ended: bool = True) -> Reply:
     "Text and tool calls in the ids of an answer."
     names = {tokenizer.piece(t): t for t in set(ids) if tokenizer.is_special(t)}
@@ -142,7 +142,7 @@ def parse_reply(ids: list[int], tokenizer: Tokenizer, ended: bool = True) -> Rep
     except (ValueError, KeyError, TypeError): return Reply(tokenizer.decode(ids, special=True), (), len(ids), ended)
     return Reply(tokenizer.decode(ids[:at]), calls, len(ids), ended)
 
-
+# %% ../../nbs/infer/46_generate.ipynb #split
 def _split(ids: list[int], at: int) -> list[list[int]]:
     out: list[list[int]] = [[]]
     for t in ids:
@@ -237,7 +237,7 @@ def adapter_file(path: str | Path) -> Path:
         if file.is_file() and file.suffix == ".safetensors": return file
     raise ModelError(f"there is no adapter at {path}: give a lora.safetensors, or a folder or checkpoint with one")
 
-
+# %% ../../nbs/infer/46_generate.ipynb #load-tuned
 def load_tuned(
     folder: str | Path,  # the base model
     adapter: str | Path | None = None,  # a lora.safetensors, its folder, or a checkpoint
@@ -254,7 +254,7 @@ def load_tuned(
     if whole.exists(): set_whole(model, load_tensors(whole))
     return model.eval()
 
-
+# %% ../../nbs/infer/46_generate.ipynb #load-tensors
 def load_tensors(file: Path) -> dict[str, Tensor]:
     "The tensors of a safetensors file; `ModelError` if it is not whole."
     try: return load_file(file)

@@ -24,7 +24,7 @@ class MoeArgs:
     num_experts: int
     num_experts_per_tok: int
 
-
+# %% ../../nbs/model/34_args.ipynb #modelargs
 @dataclass(frozen=True)
 class ModelArgs:
     "The shape of a transformer."
@@ -135,7 +135,7 @@ def is_nf4(packed: Any) -> bool:
     if not isinstance(packed, dict): return False
     return packed.get("quant_method") == "bitsandbytes" and packed.get("bnb_4bit_quant_type") == "nf4"
 
-
+# %% ../../nbs/model/34_args.ipynb #check-layers
 def check_layers(kinds: Any, window: int | None, file: str) -> None:
     "`ModelError` if the kinds of layers are not all what `window` says."
     same = "full_attention" if window is None else "sliding_attention"
@@ -146,7 +146,7 @@ def check_layers(kinds: Any, window: int | None, file: str) -> None:
         f"as in {keys.LAYERED_FAMILY.name}, {keys.LAYERED_FAMILY.why}"
     )
 
-
+# %% ../../nbs/model/34_args.ipynb #hf-theta
 def hf_theta(config: dict, file: str) -> float | None:
     "The `rope_theta` of the block in which transformers looks first."
     found = {k: plain_rope(config.get(k) or None, file, k) for k in ("rope_scaling", "rope_parameters")}
@@ -228,7 +228,7 @@ def n_lora(args: ModelArgs, rank: int) -> int:
     "Parameters of an adapter of `rank`."
     return rank * sum(n * (i + o) for n, i, o in linear_shapes(args).values())
 
-
+# %% ../../nbs/model/34_args.ipynb #flops-per-token
 def flops_per_token(args: ModelArgs, rank: int, context: float, trained_share: float = 1.0) -> float:
     "Useful operations for one token of a LoRA step; `context` is the mean number of positions attended to."
     active = args.moe.num_experts_per_tok / args.moe.num_experts if args.moe else 1.0

@@ -96,7 +96,7 @@ class BlockIndex(NamedTuple):
         borders = torch.tensor([0, *seqlens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return BlockIndex(tuple(seqlens), borders, borders.to(device, non_blocking=True))
 
-
+# %% ../../nbs/model/35_attention.ipynb #query-spans
 Span = tuple[slice, slice, Tensor | None]  # queries, keys, who sees whom if not all before
 
 
@@ -129,8 +129,6 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: "Sequence[int] | B
 # %% ../../nbs/model/35_attention.ipynb #op
 _CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _CPU_BACK = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
 HAS_GROUPED_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)  # the first release in which this was seen to be right; in 2.7 it is not
 
 
@@ -148,7 +146,7 @@ def mask_to_bias(mask: Tensor | None, like: Tensor) -> Tensor | None:
     "A mask as what is added to scores."
     return None if mask is None else torch.zeros(mask.shape, dtype=like.dtype).masked_fill_(~mask, -torch.inf)
 
-
+# %% ../../nbs/model/35_attention.ipynb #cpu-attention
 @torch.library.custom_op("mistral_nb::packed_attention", mutates_args=())
 def cpu_attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, window: int) -> tuple[Tensor, Tensor]:
     "Output (T, heads, D) and logsumexp (heads, T); a `window` of 0 is none."
@@ -159,7 +157,7 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, window: int)
         out[at], lse[:, at] = y[0].transpose(0, 1), sums[0]
     return out, lse
 
-
+# %% ../../nbs/model/35_attention.ipynb #cpu-attention-backward
 @torch.library.custom_op("mistral_nb::packed_attention_backward", mutates_args=())
 def cpu_attention_backward(up: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
     "Gradients of queries, keys and values."
@@ -171,7 +169,7 @@ def cpu_attention_backward(up: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Ten
         for whole, part in ((dk, parts[1]), (dv, parts[2])): whole[keys] += sum_kernel_heads(part, k.shape[1])  # spans of a long block share keys
     return dq, dk, dv
 
-
+# %% ../../nbs/model/35_attention.ipynb #keep
 @cpu_attention.register_fake
 def _(q, k, v, borders, window): return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
 
@@ -184,7 +182,6 @@ def _keep(ctx, inputs, output):
     *qkv, borders, ctx.window = inputs
     ctx.save_for_backward(*qkv, *output, borders)
     ctx.mark_non_differentiable(output[1])
-
 
 cpu_attention.register_autograd(lambda ctx, up, _: (*cpu_attention_backward(up.contiguous(), *ctx.saved_tensors, ctx.window), None, None), setup_context=_keep)
 

@@ -43,7 +43,6 @@ def rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, r: Tensor) -> Tensor:
     g, n = upcast(dy) * w, upcast(x) * r
     return ((g - n * (g * n).mean(-1, keepdim=True)) * r).to(x.dtype)
 
-
 fused_rope = compile_on_gpu(rope)
 
 
@@ -52,7 +51,7 @@ def swiglu(g: Tensor, u: Tensor) -> Tensor:
     "silu(g) * u"
     return F.silu(g) * u
 
-
+# %% ../../nbs/model/38_fused.ipynb #swiglu-backward
 @compile_on_gpu
 def swiglu_backward(dh: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "Gradients of `g` and `u`, and `swiglu(g, u)` again."
@@ -66,7 +65,6 @@ class LoraSpec(NamedTuple):
     scaling: float = 0.0
     dropout: float = 0.0
     seed: int = 0
-
 
 AdapterPair = tuple[Tensor | None, Tensor | None]  # A and B of an adapter, or none
 
@@ -91,7 +89,7 @@ def apply_dropout(x: Tensor, part: LoraSpec) -> Tensor:
     g = torch.Generator(x.device).manual_seed(part.seed)
     return x * torch.empty_like(x).bernoulli_(1 - part.dropout, generator=g).div_(1 - part.dropout)
 
-
+# %% ../../nbs/model/38_fused.ipynb #apply-split
 def apply_split(part: LoraSpec, h: Tensor, a: Tensor | None, b: Tensor | None, prepared: Any = None) -> tuple[Tensor, Tensor | None]:
     "`(y, low)` where low (T, rank) is what the backward pass wants of the adapter."
     y = part.base.matmul(h, prepared)
@@ -133,12 +131,12 @@ class RMSNormFunction(torch.autograd.Function):
         x, w, r = ctx.saved_tensors
         return rms_norm_backward(dy, x, w, r), rms_norm_weight_grad(dy, x, w, r) if ctx.needs_input_grad[1] else None, None
 
-
+# %% ../../nbs/model/38_fused.ipynb #rms-norm-weight-grad
 def rms_norm_weight_grad(dy: Tensor, x: Tensor, w: Tensor, r: Tensor) -> Tensor:
     "Gradient of the weight of RMSNorm."
     return (upcast(dy) * x * r).sum(0).to(w.dtype)
 
-
+# %% ../../nbs/model/38_fused.ipynb #normprojections
 class NormProjections(torch.autograd.Function):
     "RMSNorm, then several matrices of its output: (T, dim) -> (T, out) each."
 
@@ -179,7 +177,7 @@ class AddProjection(torch.autograd.Function):
         up = low_rank_grad(dy, b)
         return input_grad(ctx.part, dy, up, a), dy, None, *adapter_grads(ctx.part, dy, up, x, low, a)
 
-
+# %% ../../nbs/model/38_fused.ipynb #swigluresidual
 class SwiGLUResidual(torch.autograd.Function):
     "`residual` plus a matrix of silu(g) * u."
 

@@ -20,7 +20,7 @@ from ..core.html import one_line
 class ModelError(ValueError):
     "A model folder that cannot be used; says which file and what to do."
 
-
+# %% ../../nbs/model/33_keys.ipynb #key
 @dataclass(frozen=True)
 class Key:
     "A value of a shape: its name in `params.json` and in `config.json`, its kind and its bounds."
@@ -31,7 +31,7 @@ class Key:
     high: float = 2**20
     needed: bool = True
 
-
+# %% ../../nbs/model/33_keys.ipynb #shape-keys
 SHAPE_KEYS = (
     Key("dim", "hidden_size"),
     Key("n_layers", "num_hidden_layers", high=1000),
@@ -57,7 +57,7 @@ def in_words(value: Any) -> str:
     "A value as it stands in a JSON file, on one short line."
     return one_line(json.dumps(value), 60)
 
-
+# %% ../../nbs/model/33_keys.ipynb #check-value
 def check_value(value: Any, key: Key, at: str) -> Any:
     "`value` if `key` may have it, else a `ModelError`; `at` is the file and the name there."
     right = type(value) is key.kind or (key.kind is float and type(value) is int)
@@ -68,7 +68,7 @@ def check_value(value: Any, key: Key, at: str) -> Any:
         "compare the file with the one that the model was published with"
     )
 
-
+# %% ../../nbs/model/33_keys.ipynb #check-object
 def check_object(values: Any, at: str) -> None:
     "`ModelError` if what stands at `at` is no mapping."
     if isinstance(values, dict): return
@@ -88,7 +88,7 @@ def read_values(
     given = {name: there for name, there in names.items() if name in needed or block.get(there) is not None}
     return {name: check_value(block[there], KEYS_BY_NAME[name], f"{file}: {there}") for name, there in given.items()}
 
-
+# %% ../../nbs/model/33_keys.ipynb #config-kind
 def config_kind(file: str) -> str:
     "What a file should be, by its name."
     return "Mistral's params.json" if Path(file).name.startswith("params") else "a Hugging Face config.json"
@@ -107,6 +107,8 @@ LAYERED_FAMILY = Family(
     "Ministral 8B (2410)", "ministral", "",
     "windows that differ from layer to layer cannot be trained yet; Nemo 12B and 7B v0.3 can",
 )
+
+# %% ../../nbs/model/33_keys.ipynb #families-code
 FAMILIES = (  # the first that fits is named
     Family(
         "Codestral Mamba", "mamba mamba2 falcon_mamba",
@@ -173,6 +175,8 @@ HARMLESS_PARAMS = frozenset("""
     lora max_seq_len max_position_embeddings max_batch_size dtype torch_dtype architectures
     transformers_version _name_or_path multiple_of
 """.split())
+
+# %% ../../nbs/model/33_keys.ipynb #harmless-hf
 HARMLESS_HF = frozenset("""
     architectures model_type _name_or_path name_or_path transformers_version transformers.js_config
     torch_dtype dtype unsloth_version unsloth_fixed _commit_hash
@@ -193,6 +197,8 @@ HARMLESS_HF = frozenset("""
     return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
 """.split())
+
+# %% ../../nbs/model/33_keys.ipynb #fixed-values
 FIXED_VALUES = {
     "model_type": ("transformer",), "activation": ("silu",), "hidden_act": ("silu", "swish"),
     "causal": (True,), "is_causal": (True,), "partial_rotary_factor": (1,), "use_rope": (True,),
@@ -206,7 +212,7 @@ def is_same(value: Any, other: Any) -> bool:
     "Whether two values of a file are equal, truths apart from numbers."
     return isinstance(value, bool) == isinstance(other, bool) and value == other
 
-
+# %% ../../nbs/model/33_keys.ipynb #refuse-unknown
 def refuse_unknown(block: dict, known: frozenset[str], file: str, at: str = "") -> None:
     "`ModelError` that names a key of `block` that is neither read nor known to change nothing."
     for key, value in block.items():

@@ -105,7 +105,7 @@ def top_directions(w: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     root = s[:rank].sqrt()
     return root[:, None] * v[:rank], u[:, :rank] * root
 
-
+# %% ../../nbs/model/37_lora.ipynb #init-pissa
 @torch.no_grad()
 def init_pissa(model: nn.Module, seed: int, agree: Callable[[Tensor], Tensor] = lambda t: t) -> None:
     "Move the largest directions of each adapted matrix from the base into the adapter; `agree` gives all processes the values of one, since others may round otherwise."
@@ -117,7 +117,7 @@ def init_pissa(model: nn.Module, seed: int, agree: Callable[[Tensor], Tensor] = 
         layer.lora_A.weight.copy_(a)
         layer.lora_B.weight.copy_(b)
 
-
+# %% ../../nbs/model/37_lora.ipynb #subtract-from-base
 @torch.no_grad()
 def subtract_from_base(layer: LoRALinear, a: Tensor, b: Tensor) -> None:
     "Subtract `scaling * b a` from the base, after putting back what was taken out before; the same again changes nothing."
@@ -144,7 +144,7 @@ def train_whole_weights(model: nn.Module, kinds: Sequence[str]) -> None:
     kinds = resolve_tied(kinds, getattr(model, "args", None) is not None and model.args.tied_embeddings)
     set_whole(model, {n: p.detach().float() for n, p in model.named_parameters() if also_train_kind(n) in kinds}, train=True)
 
-
+# %% ../../nbs/model/37_lora.ipynb #set-whole
 def set_whole(model: nn.Module, weights: Mapping[str, Tensor], train: bool = False) -> None:
     "Put whole weights in the place of the base's, which are kept for `adapter_off`."
     before = model.__dict__.setdefault("base_values", {})
@@ -156,7 +156,7 @@ def set_whole(model: nn.Module, weights: Mapping[str, Tensor], train: bool = Fal
         p.data = w.clone() if w.data_ptr() == p.data_ptr() else w.to(p.device)
         p.requires_grad_(train)
 
-
+# %% ../../nbs/model/37_lora.ipynb #whole-state
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     "The whole weights that are trained beside the adapter, on the CPU."
     return {n: model.get_parameter(n).detach().to("cpu", copy=True) for n in getattr(model, "base_values", {})}
@@ -190,7 +190,7 @@ def adapter_state(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[
         if m.lora_magnitude is not None: out[f"{name}.lora_magnitude"] = m.lora_magnitude.detach().to("cpu", torch.float32, copy=True)
     return out
 
-
+# %% ../../nbs/model/37_lora.ipynb #load-adapter-state
 @torch.no_grad()
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor], file_scaling: float = FILE_SCALING) -> None:
     "Put the tensors of an adapter file into `model`; names and shapes must agree."
@@ -207,7 +207,7 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], file_scaling:
         scale = file_scaling / layers[name.rsplit(".", 2)[0]].scaling if name.endswith("lora_B.weight") else 1.0
         p.copy_(state[name].float() * scale)
 
-
+# %% ../../nbs/model/37_lora.ipynb #lora-rank
 def lora_rank(state: dict[str, Tensor]) -> int:
     "The rank of an adapter file."
     ranks = {t.shape[0] for n, t in state.items() if n.endswith("lora_A.weight")}
@@ -232,7 +232,7 @@ def merged_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> Iterat
         own = getattr(module, "base", module)
         for leaf, t in found.items(): yield f"{name}.{leaf}", t.to("cpu", dtype or (own.dtype if isinstance(own, Linear) else t.dtype)).contiguous()
 
-
+# %% ../../nbs/model/37_lora.ipynb #merged-state
 def merged_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     "All of them at once."
     return dict(merged_tensors(model, dtype))

@@ -79,7 +79,7 @@ def as_stacked(matrices: Sequence[Tensor]) -> Tensor | None:
     one = all(m.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and m.storage_offset() == first.storage_offset() + i * size and m.is_contiguous() for i, m in enumerate(matrices))
     return first.detach().as_strided((len(matrices), *first.shape), (size, *first.stride())) if one else None
 
-
+# %% ../../nbs/model/39_moe.ipynb #groupedexperts
 class GroupedExperts(LoopedExperts):
     "The same as one product for all experts."
 
@@ -111,7 +111,7 @@ class GroupedExperts(LoopedExperts):
         grads = one(up, apply_dropout(x, self.parts[0])), one(dy, low)
         return [g.to(p.dtype) for both, ps in zip(zip(*grads), zip(pairs[::2], pairs[1::2])) for g, p in zip(both, ps)]
 
-
+# %% ../../nbs/model/39_moe.ipynb #experts-product
 def experts_product(parts: list[LoraSpec], ends: Tensor, dtype: torch.dtype, rank: int) -> LoopedExperts:
     "The fastest way for these experts."
     able = hasattr(F, "grouped_mm") and ends.is_cuda and dtype == torch.bfloat16 and torch.cuda.get_device_capability(ends.device) >= (9, 0)
@@ -151,7 +151,7 @@ class Experts(torch.autograd.Function):
         grads1, grads3 = w1.adapter_back(dg, up1, x, low1, of[0]), w3.adapter_back(du, up3, x, low3, of[1])
         return torch.zeros_like(h).index_add_(0, token, dx), dshare, None, None, *grads1, *grads3, *grads2
 
-
+# %% ../../nbs/model/39_moe.ipynb #moe-forward
 def moe_forward(h: Tensor, scores: Tensor, active: int, experts: Sequence[nn.Module]) -> Tensor:
     "The mixture of `experts`, each with w1, w2, w3, for inputs (T, dim) and router scores (T, experts): (T, dim)."
     best, chosen = scores.topk(active)
@@ -162,7 +162,7 @@ def moe_forward(h: Tensor, scores: Tensor, active: int, experts: Sequence[nn.Mod
     parts, pairs = zip(*map(split_layers, groups))
     return Experts.apply(h, share.flatten()[order], where, parts, *(t for p in pairs for t in p))
 
-
+# %% ../../nbs/model/39_moe.ipynb #moe-reference
 def moe_reference(h: Tensor, share: Tensor, chosen: Tensor, experts: Sequence[nn.Module]) -> Tensor:
     "The same by autograd, expert by expert: what is computed, and what trains whole experts."
     out = torch.zeros_like(h)

@@ -78,7 +78,7 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str: return f"{self.shape[1]} -> {self.shape[0]}" + (f", {self.kind}" if self.kind != "none" else "")
 
-
+# %% ../../nbs/model/36_quant.ipynb #frozenproduct
 class FrozenProduct(torch.autograd.Function):
     "`x @ W.T` that keeps nothing: neither the input, which no gradient needs, nor the unpacked matrix."
 
@@ -90,7 +90,7 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor): return ctx.linear.matmul_transposed(dy), None
 
-
+# %% ../../nbs/model/36_quant.ipynb #packedlinear
 class PackedLinear(Linear):
     "A frozen matrix as `codes` and `scale`."
 
@@ -126,7 +126,7 @@ def nf4_levels(device: torch.device) -> tuple[Tensor, Tensor]:
     each = torch.tensor(NF4_VALUES, device=device)
     return (each[1:] + each[:-1]) / 2, torch.stack([each.repeat_interleave(16), each.repeat(16)], 1)
 
-
+# %% ../../nbs/model/36_quant.ipynb #nf4linear
 class NF4Linear(PackedLinear):
     "Codes (out, in / 2) and scales (out, in / 64)."
     kind = "nf4"
@@ -145,7 +145,7 @@ class NF4Linear(PackedLinear):
         if codes.is_cuda and (fast := bitsandbytes_dequantize()): return fast(codes.view(-1, 1), scale.view(-1), NF4_BLOCK, "nf4", self.shape, dtype)
         return unpack_nf4(codes, scale, nf4_levels(codes.device)[1], dtype)
 
-
+# %% ../../nbs/model/36_quant.ipynb #bitsandbytes-dequantize
 @compile_on_gpu
 def unpack_nf4(codes: Tensor, scale: Tensor, pairs: Tensor, dtype: torch.dtype) -> Tensor:
     "The matrix of codes (out, in / 2) and scales (out, in / 64)."
@@ -176,12 +176,11 @@ class Int8Linear(PackedLinear):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         return unpack_int8(gather_rows(self.codes), gather_rows(self.scale), dtype or self.dtype)
 
-
+# %% ../../nbs/model/36_quant.ipynb #fp8-rows
 @compile_on_gpu
 def unpack_int8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     "The matrix of codes (out, in) and scales (out, 1)."
     return (codes * scale).to(dtype)
-
 
 FP8, FP8_MAX = torch.float8_e4m3fn, 448.0
 
@@ -207,7 +206,7 @@ def fp8_product(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: t
     if fast: return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b.t(), out_dtype=torch.bfloat16, use_fast_accum=a.is_cuda).to(dtype)
     return F.linear((a.float() * scale_a).to(dtype), (b.float() * scale_b).to(dtype))
 
-
+# %% ../../nbs/model/36_quant.ipynb #fp8linear
 class FP8Linear(PackedLinear):
     "Codes (out, in) e4m3 and a scale for each row (out, 1); both products round the other factor to e4m3 too."
     kind = "fp8"

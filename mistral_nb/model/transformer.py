@@ -38,7 +38,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return RMSNormFunction.apply(x, self.weight, self.eps)  # (T, dim)
 
-
+# %% ../../nbs/model/40_transformer.ipynb #feedforward
 class FeedForward(nn.Module):
     "Gated feed-forward."
 
@@ -52,7 +52,7 @@ class FeedForward(nn.Module):
         g, u = norm_projections(x, norm, (self.w1, self.w3))
         return add_swiglu(g, u, x, self.w2)
 
-
+# %% ../../nbs/model/40_transformer.ipynb #moe
 class MoE(nn.Module):
     "A router and its experts in place of one feed-forward."
 
@@ -87,7 +87,7 @@ class Attention(nn.Module):
         out = attend(layer, RopeFunction.apply(q, cos, sin), RopeFunction.apply(k, cos, sin), v)
         return add_projection(out.flatten(-2), x, self.wo)
 
-
+# %% ../../nbs/model/40_transformer.ipynb #block-code
 class Block(nn.Module):
     "One layer."
 
@@ -111,7 +111,7 @@ def all_logits(hidden: Tensor, output: Tensor) -> Tensor:
     "Float32 logits of every position."
     return F.linear(hidden, output.to(hidden.dtype)).float()
 
-
+# %% ../../nbs/model/40_transformer.ipynb #transformer
 class Transformer(nn.Module):
     "Embedding, blocks, norm, output; parameters are named as in Mistral's files."
 

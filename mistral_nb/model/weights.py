@@ -57,7 +57,7 @@ def part_names(name: str, names: Iterable[str]) -> set[str]:
     "The tensors that belong to the packed weight `name`."
     return {n for n in names if n.startswith(name + ".")}
 
-
+# %% ../../nbs/model/42_weights.ipynb #from-bitsandbytes
 def from_bitsandbytes(name: str, tensor: Callable[[str], Tensor], parts: set[str]) -> NF4Linear:
     "A packed weight from bitsandbytes' tensors."
     state = json.loads(bytes(tensor(name + NF4_STATE).tolist()))
@@ -95,7 +95,7 @@ def _safetensors(files: list[Path]) -> Iterator[tuple[str, FileTensor, Path]]:
             where = files[0] if len(files) == 1 else files[0].parent
             raise ModelError(f"{where} cannot be read ({e}): is its download complete?") from None
 
-
+# %% ../../nbs/model/42_weights.ipynb #pickled
 def _pickled(files: list[Path]) -> Iterator[tuple[str, Tensor, Path]]:
     for file in files:
         try: found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -188,7 +188,7 @@ def read_model(files: list[Path], args: ModelArgs) -> Iterator[tuple[str, FileTe
     tensors = read_tensors(files)
     return from_hf_names(tensors, args) if files[0].name.startswith("model") else tensors
 
-
+# %% ../../nbs/model/42_weights.ipynb #checked-tensors
 def checked_tensors(
     tensors: Iterator[tuple[str, FileTensor]],
     wanted: dict[str, tuple[int, ...]],  # shapes of the parameters; left are those that were not there
@@ -222,7 +222,7 @@ def _place(model: nn.Module, name: str, tensor: FileTensor) -> None:
         holder, _, child = parent.rpartition(".")
         setattr(model.get_submodule(holder), child, tensor)
 
-
+# %% ../../nbs/model/42_weights.ipynb #expertstacks
 class ExpertStacks:
     "Room for the experts of a mixture, behind each other."
 
@@ -243,7 +243,7 @@ def pack_kind(w: Tensor, kind: str, dtype: torch.dtype | None, name: str) -> Lin
     try: return quantize_linear(w, kind, dtype)
     except ValueError as e: raise ModelError(f"{name}: {e}") from None
 
-
+# %% ../../nbs/model/42_weights.ipynb #shard-empty
 def shard_empty(
     model: nn.Module,  # on the meta device
     place: Callable[[nn.Module], None],  # divides its rows
@@ -258,7 +258,7 @@ def shard_empty(
     place(model)
     model.to_empty(device=device)
 
-
+# %% ../../nbs/model/42_weights.ipynb #rows-for
 def rows_for(model: nn.Module, name: str) -> slice:
     "Which rows of a file's `name` this process keeps."
     parent, _, leaf = name.rpartition(".")
@@ -333,7 +333,7 @@ def packed_names(files: list[Path]) -> set[str]:
     names = (n for f in files if f.suffix == ".safetensors" for n in names_in(f))
     return {mistral_name(n.removesuffix(NF4_STATE)) for n in names if n.endswith(NF4_STATE)}
 
-
+# %% ../../nbs/model/42_weights.ipynb #names-in
 def names_in(file: Path) -> list[str]:
     "The names of the tensors of a safetensors file."
     try:
@@ -368,7 +368,7 @@ def save_tensors(state: dict[str, Tensor], file: str | Path, metadata: dict[str,
         os.fsync(f.fileno())
     os.replace(part, file)
 
-
+# %% ../../nbs/model/42_weights.ipynb #sort-metadata
 def sort_metadata(file: BinaryIO) -> None:
     "Put the metadata of an open safetensors file in order, so that equal contents are equal bytes; it comes from a hash map."
     size = int.from_bytes(file.read(8), "little")
@@ -379,7 +379,7 @@ def sort_metadata(file: BinaryIO) -> None:
     file.seek(8)
     file.write(text.ljust(size))
 
-
+# %% ../../nbs/model/42_weights.ipynb #save-model
 def save_model(state: dict[str, Tensor], args: ModelArgs, folder: str | Path) -> None:
     "Write `consolidated.safetensors` and `params.json`, which `load_model` and mistral-inference read."
     folder = Path(folder)
@@ -388,7 +388,7 @@ def save_model(state: dict[str, Tensor], args: ModelArgs, folder: str | Path) ->
     save_tensors(own, folder / "consolidated.safetensors")
     (folder / "params.json").write_text(json.dumps(to_params(args), indent=4))
 
-
+# %% ../../nbs/model/42_weights.ipynb #init-model
 @torch.no_grad()
 def init_model(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.float32) -> Transformer:
     "A model with random weights: normal with variance 1/inputs, embeddings with variance 1."

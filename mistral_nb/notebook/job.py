@@ -57,13 +57,13 @@ class TailReader:
         if self.file: self.file.close()
         self.file = None
 
-
+# %% ../../nbs/notebook/83_job.ipynb #parse-record
 def parse_record(kind: type, values: dict[str, Any], **more: Any) -> Any:
     "A `StepLog` or `EvalLog` of what stands in a line; a number that was not finite is read as nan."
     names = {f.name for f in fields(kind)}
     return kind(**{k: float("nan") if v is None else v for k, v in values.items() if k in names} | more)
 
-
+# %% ../../nbs/notebook/83_job.ipynb #recordreader
 class RecordReader:
     "The `StepLog`s in a run's folder, each once, with the evaluations that belong to them."
 
@@ -104,7 +104,7 @@ class Failure:
         who = "" if self.rank is None else f"rank {self.rank}: "
         return f"{who}{self.error}" + (f"\n  at {self.where}" if self.where else "") + (f"\n  {self.hint}" if self.hint else "")
 
-
+# %% ../../nbs/notebook/83_job.ipynb #last-bytes
 MAX_LOG_BYTES = 1 << 20  # bytes that are read of the end of a log
 
 
@@ -121,13 +121,12 @@ def last_bytes(path: Path, lines: int | None = None) -> bytes:
             found = f.read(size) + found
     return found
 
-
+# %% ../../nbs/notebook/83_job.ipynb #screen-text
 def screen_text(path: Path, lines: int | None = None) -> str:
     "What a process printed, as its last state on a screen: without orders to a terminal, progress bars as they ended."
     text = last_bytes(path, lines).decode(errors="replace")
     kept = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
     return safe_text("\n".join(kept[-lines - 1 :] if lines else kept))
-
 
 SELF_EXPLAINED = re.compile(r"(\w+\.)*(Config|Data|Sample|Tokenizer|Model|Checkpoint|FloatingPoint|OutOfMemory|FileNotFound)Error\b")  # names the file or setting itself
 
@@ -136,7 +135,7 @@ def attempt_folders(folder: Path) -> list[Path]:
     "The folder of each attempt's logs, oldest first."
     return sorted(folder.glob("logs/*/attempt_*"), key=lambda p: (p.parent.stat().st_mtime, int(p.name.rpartition("_")[2])))
 
-
+# %% ../../nbs/notebook/83_job.ipynb #diagnose-code
 def diagnose(folder: Path) -> Failure | None:
     "The first failure in the last attempt of the job whose `folder` this is."
     said, found = screen_text(folder / "torchrun.log", 10_000), []
@@ -156,7 +155,7 @@ def diagnose(folder: Path) -> Failure | None:
     if said.strip(): found.append((4, 0, Failure(None, said.strip().split("\n")[-1], "", said[-4000:])))
     return min(found, key=lambda f: f[:2])[2] if found else None
 
-
+# %% ../../nbs/notebook/83_job.ipynb #jobfailederror
 class JobFailedError(RuntimeError):
     "A job that ended by itself before it was done; in a notebook it shows what went wrong, not where that was noticed."
 
@@ -180,7 +179,7 @@ def process_tree(pid: int) -> list[int]:
         for child in children: found += process_tree(int(child))
     return found
 
-
+# %% ../../nbs/notebook/83_job.ipynb #find-processes
 def find_processes(word: str) -> list[int]:
     "The processes whose command has `word` among its arguments, where there is /proc."
     found = []
@@ -216,7 +215,7 @@ def write_job(folder: Path, **job: Any) -> None:
     (folder / "job.json.part").write_text(json.dumps(job | {"host": socket.gethostname()}))
     os.replace(folder / "job.json.part", folder / "job.json")
 
-
+# %% ../../nbs/notebook/83_job.ipynb #job
 class Job:
     "A job that trains, or has trained, in `run_dir`."
 
@@ -372,7 +371,7 @@ class Job:
 
     def _repr_html_(self) -> str: return f"<code>{escape(repr(self))}</code>"
 
-
+# %% ../../nbs/notebook/83_job.ipynb #attach
 def attach(run_dir: str | Path) -> Job:
     "The job that was launched in `run_dir`, by whichever kernel, running or not."
     return Job(run_dir)

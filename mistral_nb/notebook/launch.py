@@ -66,7 +66,7 @@ def free_gpus() -> None:
         held = torch.cuda.memory_allocated(i) / 2**30
         if held > HELD_GIB: warnings.warn(f"this kernel holds {held:.1f} GiB on GPU {i}, which the job will miss: del the trainer, model or chat that it belongs to", stacklevel=3)
 
-
+# %% ../../nbs/notebook/84_launch.ipynb #n-processes
 def n_processes(args: TrainArgs, nproc_per_node: int | None) -> int:
     "How many processes to start on a node: one for each GPU, or one; `ConfigError` if there are fewer GPUs."
     gpus = torch.cuda.device_count() if args.device != "cpu" else 0
@@ -80,7 +80,7 @@ def torchrun_options() -> list[str]:
     from torch.distributed.run import get_args_parser
     return ["--monitor-interval=0.2"] + ["--shutdown-timeout=120"] * ("--shutdown-timeout" in get_args_parser().format_help())
 
-
+# %% ../../nbs/notebook/84_launch.ipynb #prepare-job-folder
 def prepare_job_folder(args: TrainArgs, world_size: int) -> Path:
     "The folder of a new job, with its config.yaml; `ConfigError` if a job is there, or the run cannot be gone on with."
     folder = Path(args.run_dir) / "launch"
@@ -96,7 +96,7 @@ def prepare_job_folder(args: TrainArgs, world_size: int) -> Path:
     stop_file(args.run_dir).unlink(missing_ok=True)
     return folder
 
-
+# %% ../../nbs/notebook/84_launch.ipynb #launch-code
 SHELL_WAIT = "wait $job; code=$?; while kill -0 $job 2>/dev/null; do wait $job; code=$?; done"  # in a shell: a signal ends a wait, but not the job
 # passes signals on to torchrun, and keeps its exit code
 SHELL_SCRIPT = f'exit_file=$1; shift; "$@" & job=$!; trap "kill -TERM $job" TERM INT HUP; {SHELL_WAIT}; echo $code > "$exit_file.part"; mv "$exit_file.part" "$exit_file"'

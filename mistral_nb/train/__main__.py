@@ -30,8 +30,6 @@ from .stop import clear_stop_request
 
 # %% ../../nbs/train/76_main.ipynb #run
 USER_ERRORS = (OSError, ImportError, torch.OutOfMemoryError, ConfigError, DataError, SampleError, TokenizerError, ModelError, CheckpointError, FloatingPointError)
-
-
 EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130}  # of a run that was stopped by a signal; one that was asked to stop has done what it should
 
 
@@ -63,7 +61,7 @@ def run_training(config: str, overrides: list[str]) -> int:
     dist.leave_group()
     return 0
 
-
+# %% ../../nbs/train/76_main.ipynb #main
 def main(argv: list[str] | None = None) -> int:
     "The command line."
     prepare_terminal()

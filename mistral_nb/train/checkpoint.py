@@ -89,7 +89,6 @@ def why_only_here(dora: bool, whole: Collection[str]) -> str:
         "save_adapters: false writes the model with it merged in, which other programs load"
     )
 
-
 LORA_KEYS = ("enable", "rank", "dropout", "scaling")  # that mistral-finetune writes
 
 
@@ -130,7 +129,7 @@ def consolidated_files(
     out["params.json"] = json.dumps(params, indent=4)
     return out | (dict([tokenizer]) if tokenizer else {})
 
-
+# %% ../../nbs/train/66_checkpoint.ipynb #write-files
 def write_files(folder: Path, files: FileContents) -> None:
     "Write `files` into a folder, which is made."
     for name, content in files.items():
@@ -168,7 +167,7 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, rngs: lis
     "All of it at once."
     return dict(chain(rng_tensors(rngs), training_tensors(model, optimizer)))
 
-
+# %% ../../nbs/train/66_checkpoint.ipynb #like-sharded
 def like_sharded(like: Tensor, t: Tensor) -> Tensor:
     "A copy of `t` where `like` is: on its device, of its rows."
     if not is_sharded(like): return t.to(like.device, copy=True)
@@ -176,7 +175,7 @@ def like_sharded(like: Tensor, t: Tensor) -> Tensor:
     local_rows(out).copy_(t[local_slice(like)])
     return out
 
-
+# %% ../../nbs/train/66_checkpoint.ipynb #load-training-state
 @torch.no_grad()
 def load_training_state(state: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0) -> None:
     "Put the tensors of `training_state` back, with the generators' states of `rank`."
@@ -214,7 +213,7 @@ def find_damage(folder: Path) -> str:
     missing, other = sorted(wanted.keys() - found.keys()), sorted(n for n in wanted.keys() & found.keys() if wanted[n] != found[n])
     return f"{missing[0]} is missing" if missing else f"{other[0]} is not what was written" if other else ""
 
-
+# %% ../../nbs/train/66_checkpoint.ipynb #newest-checkpoint
 def newest_checkpoint(run_dir: str | Path) -> Path | None:
     "The newest checkpoint whose files are those that were written; each newer one is named in a warning."
     found = checkpoints(run_dir)
@@ -259,7 +258,7 @@ def keep_rows_per_step(args: TrainArgs, folder: Path, world_size: int) -> TrainA
     rows = facts["args"]["batch_size"] * facts["args"]["num_microbatches"] * facts["world_size"]
     return args if rows % (world_size * args.batch_size) else replace(args, num_microbatches=rows // (world_size * args.batch_size))
 
-
+# %% ../../nbs/train/66_checkpoint.ipynb #check-extension
 def check_extension(args: TrainArgs, old: TrainArgs, step: int) -> None:
     "`ConfigError` if a run has more steps already than it should have; a warning if its learning rate jumps, since it is extended."
     if args.max_steps < step: raise ConfigError("max_steps", f"is {args.max_steps}, and {step} steps are done", "give as many or more, or choose another run_dir")
@@ -272,7 +271,7 @@ def check_extension(args: TrainArgs, old: TrainArgs, step: int) -> None:
         f"max_steps is {args.max_steps}, and was {old.max_steps}: the learning rate goes on at {following:.2g}, after {last:.2g}, "
         f"since its cycle is longer now; optim.lr={low:.2g}, a tenth, keeps it low", stacklevel=3)
 
-
+# %% ../../nbs/train/66_checkpoint.ipynb #check-resumable
 def check_resumable(args: TrainArgs, folder: Path, world_size: int) -> None:
     "`ConfigError` that names what differs between `args` and the run that wrote the checkpoint."
     facts, new = read_state(folder), to_dict(args)
@@ -311,7 +310,7 @@ class RunLock:
         if self.file: self.file.close()
         self.file = None
 
-
+# %% ../../nbs/train/66_checkpoint.ipynb #is-locked
 def is_locked(run_dir: str | Path) -> bool:
     "Whether a process is training in `run_dir`."
     if not (Path(run_dir) / ".lock").exists(): return False
@@ -338,7 +337,7 @@ def checkpoint_files(
     state = {k: still(t) for k, t in chain(rng_tensors(rngs or [rng_state()]), training_tensors(model, optimizer))}
     return files | {"training/state.safetensors": (state, None), "training/state.json": json.dumps(facts, indent=1)}
 
-
+# %% ../../nbs/train/66_checkpoint.ipynb #write-checkpoint
 def write_checkpoint(run_dir: str | Path, step: int, files: FileContents, keep: int | None = 3) -> Path:
     "Write the checkpoint after `step` and delete the oldest beyond `keep` (None keeps all); returns its folder, or raises `CheckpointError`."
     final = checkpoint_dir(run_dir, step)
@@ -358,7 +357,7 @@ def write_checkpoint(run_dir: str | Path, step: int, files: FileContents, keep: 
     for old in [final.with_suffix(".old"), *(past[:-keep] if keep else [])]: shutil.rmtree(old, ignore_errors=True)
     return final
 
-
+# %% ../../nbs/train/66_checkpoint.ipynb #checkpointwriter
 class CheckpointWriter:
     "Writes checkpoints in a thread, one after the other, while training goes on."
 
@@ -386,7 +385,7 @@ class CheckpointWriter:
         error, self.error = (None, self.error) if self.thread and self.thread.is_alive() else (self.error, None)
         return error
 
-
+# %% ../../nbs/train/66_checkpoint.ipynb #load-checkpoint
 def read_state(folder: Path) -> dict[str, Any]:
     "What stands in a checkpoint's state.json."
     try: return json.loads((folder / "training" / "state.json").read_text())

@@ -40,7 +40,7 @@ class Ranks:
     @property
     def main(self) -> bool: return self.rank == 0
 
-
+# %% ../../nbs/train/61_dist.ipynb #was-restarted
 def was_restarted() -> bool:
     "Whether this node's torchrun has started its processes anew after a failure of one of them."
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -50,7 +50,7 @@ def under_torchrun() -> bool:
     "Whether torchrun started this process."
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
 
-
+# %% ../../nbs/train/61_dist.ipynb #agree-on-name
 def agree_on_name(store: dist.Store, rank: int, world_size: int, seconds: float) -> tuple[str, bool]:
     "`(name, restarted)`: a name that only the ranks of this attempt know, and whether one of them was started anew."
     mine, flag, until = uuid.uuid4().hex, str(int(was_restarted())), time.monotonic() + seconds
@@ -74,7 +74,7 @@ def agree_on_name(store: dist.Store, rank: int, world_size: int, seconds: float)
     store.set(f"{name}/0", str(int("1" in flags.values())))
     return name, "1" in flags.values()
 
-
+# %% ../../nbs/train/61_dist.ipynb #join-group
 _ranks: Ranks | None = None  # of this process, once it has joined
 
 
@@ -92,7 +92,7 @@ def join_group(device: str = "cpu", timeout_minutes: float = 30) -> Ranks:
     _ranks = Ranks(rank, world_size, local_rank, here, restarts)
     return _ranks
 
-
+# %% ../../nbs/train/61_dist.ipynb #report-error
 def rank_prefix() -> str:
     "How a process names itself before what it says; nothing if it is alone."
     return f"[rank {os.environ['RANK']}] " if under_torchrun() and os.environ["WORLD_SIZE"] != "1" else ""
@@ -104,7 +104,6 @@ def report_error(error: BaseException) -> None:
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
     try: raise error  # what is written down is the error being handled
     except BaseException as e: get_error_handler().record_exception(e)
-
 
 PEER_GONE = re.compile(r"connection (closed|reset|refused)|broken pipe|remote process exited|socket timeout|timed out waiting|NCCL (operations|communicator)|heartbeat", re.I)
 
@@ -147,7 +146,7 @@ def sum_over_average(device: str) -> float:
     dist.reduce_scatter_tensor(mean, each, dist.ReduceOp.AVG)
     return dist.get_world_size() / mean.item()
 
-
+# %% ../../nbs/train/61_dist.ipynb #all-reduce-grads
 def all_reduce_grads(params: Iterable[nn.Parameter]) -> None:
     "Replace each gradient by its sum over all ranks; a missing one counts as zero."
     if not is_distributed(): return
@@ -160,7 +159,7 @@ def all_reduce_grads(params: Iterable[nn.Parameter]) -> None:
     dist.all_reduce(flat)
     for p, g in zip(params, flat.split([p.numel() for p in params])): p.grad = g.view_as(p).to(p.dtype)
 
-
+# %% ../../nbs/train/61_dist.ipynb #all-gather-object
 def broadcast_params(params: Iterable[nn.Parameter]) -> None:
     "Give the parameters that every rank has the values of rank 0."
     if not is_distributed(): return
@@ -190,7 +189,7 @@ def broadcast_object(thing: Any) -> Any:
     dist.broadcast_object_list(out, 0)
     return out[0]
 
-
+# %% ../../nbs/train/61_dist.ipynb #run-on-main
 def run_on_main(action: Callable[[], None]) -> None:
     "Do something on rank 0; what it raises is raised on every rank."
     error = None
@@ -206,8 +205,6 @@ def barrier() -> None:
 
 # %% ../../nbs/train/61_dist.ipynb #shard
 KeepWhole = Callable[[str, nn.Parameter], bool]  # whether a parameter stays whole in each process
-
-
 FSDP_SINCE = (2, 12)  # the first release on which every kind of division was seen to be right
 
 
@@ -217,7 +214,7 @@ def check_fsdp(version: str) -> None:
     hint = f"use {'.'.join(map(str, FSDP_SINCE))} or a later one, or placement: replicate"
     raise ConfigError("placement", f"PyTorch {version} cannot divide a model among processes", hint)
 
-
+# %% ../../nbs/train/61_dist.ipynb #fsdp-placer
 def fsdp_placer(device: str, keep: KeepWhole, groups: int = 1) -> Callable[[nn.Module], None]:
     "What divides the rows of a Transformer among the processes of each of `groups`: `load_model(..., place=sharded(...))`."
     check_fsdp(torch.__version__)
@@ -233,7 +230,7 @@ def fsdp_placer(device: str, keep: KeepWhole, groups: int = 1) -> Callable[[nn.M
             fully_shard(part, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
     return place
 
-
+# %% ../../nbs/train/61_dist.ipynb #pad-to-longest
 def is_fsdp(model: nn.Module) -> bool:
     "Whether this process holds only some rows of a model."
     return any(is_sharded(p) for p in model.parameters())

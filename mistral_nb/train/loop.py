@@ -121,7 +121,7 @@ def read_data(args: TrainArgs, tokenizer: Tokenizer, world_size: int = 1, progre
     for d in train + found: check_long(d, args.seq_len, args.data.long_rows)
     return train, found
 
-
+# %% ../../nbs/train/75_loop.ipynb #build-model
 def build_model(args: TrainArgs, dtype: torch.dtype, device: str, groups: int | None = None) -> Transformer:
     "The model of a run, with its adapter or all weights trainable; its rows divided among the processes of each of `groups`."
     lora = args.lora
@@ -135,7 +135,7 @@ def build_model(args: TrainArgs, dtype: torch.dtype, device: str, groups: int | 
     train_whole_weights(model, lora.also_train)
     return model.train()
 
-
+# %% ../../nbs/train/75_loop.ipynb #effective-scaling
 def effective_scaling(args: TrainArgs) -> float:
     "What the adapter's output is multiplied by; with rank-stabilised LoRA (Kalajdzievski, 2023, arXiv:2312.03732) √rank times as much."
     return args.lora.scaling * (math.sqrt(args.lora.rank) if args.lora.rslora else 1.0)
@@ -162,13 +162,13 @@ def run_table(trainer: "Trainer") -> Table:
         rows.append((f"data {short_path(d.source.path)}", f"{d.lines:,} rows, {d.tokens:,} tokens, {d.trained:,} trained{fate}"))
     return Table(["run", str(args.run_dir)], rows)
 
-
+# %% ../../nbs/train/75_loop.ipynb #weights-line
 def weights_line(args: TrainArgs, model: Transformer, where: str) -> str:
     "Type, storage and place of the weights, and why if the type is float16"
     kind = str(model.dtype).removeprefix("torch.") + (f", matrices in {args.quantize}" if args.quantize != "none" else "")
     return f"{kind} on {where}" + (" (the loss is scaled" + (": this GPU has no bfloat16)" if args.dtype == "auto" else ")") if model.dtype == torch.float16 else "")
 
-
+# %% ../../nbs/train/75_loop.ipynb #open-sinks
 def open_sinks(args: TrainArgs, step: int) -> list[Sink]:
     "The run's folder with its args.yaml, and the places that records go to."
     Path(args.run_dir).mkdir(parents=True, exist_ok=True)
@@ -181,7 +181,7 @@ def open_sinks(args: TrainArgs, step: int) -> list[Sink]:
         raise
     return local + services
 
-
+# %% ../../nbs/train/75_loop.ipynb #open-services
 def open_services(args: TrainArgs) -> list[Service]:
     "The tracking services of a run, each in a thread of its own."
     out: list[Service] = []
@@ -430,7 +430,7 @@ def in_notebook() -> bool:
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return getattr(shell, "kernel", None) is not None
 
-
+# %% ../../nbs/train/75_loop.ipynb #show-progress
 def show_progress(records: Iterator[StepLog], done: int, total: int, every: int = 1, quiet: bool = False) -> None:
     "Take all `records`, showing a bar on a screen and a line each `every` steps elsewhere."
     live = sys.stdout.isatty() or in_notebook()

@@ -44,7 +44,7 @@ class ChunkedLoss(torch.autograd.Function):
         dh, dw = ctx.saved_tensors
         return (None if dh is None else (dh * up).to(ctx.types[0]), None if dw is None else (dw * up).to(ctx.types[1]), None, None, None)
 
-
+# %% ../../nbs/train/58_loss.ipynb #logits
 def _logits(rows: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
     "Logits in `dtype`, not rounded to 16 bits where the device can avoid it"
     if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16) and HAS_FLOAT32_OUT: return torch.mm(rows, w.t(), out_dtype=dtype)
@@ -58,7 +58,7 @@ def chunk_rows(vocab_size: int) -> int:
     "Rows of logits at a time: 1024 for a vocabulary of 32,768, 256 for one of 131,072."
     return max(1, CHUNK_BYTES // (4 * vocab_size))
 
-
+# %% ../../nbs/train/58_loss.ipynb #loss-sum-code
 def loss_sum(
     hidden: Tensor,  # (T, dim)
     output: Tensor,  # the output matrix (V, dim), frozen or not
@@ -71,7 +71,7 @@ def loss_sum(
     at = mask.nonzero().squeeze(1)  # on a GPU this waits; who knows the places beforehand calls `rows_loss`
     return rows_loss(hidden, output, targets[at], at, None if weights is None else weights[at], chunk)
 
-
+# %% ../../nbs/train/58_loss.ipynb #rows-loss
 def rows_loss(hidden: Tensor, output: Tensor, targets: Tensor, at: Tensor, weights: Tensor | None = None, chunk: int | None = None) -> Tensor:
     "The same with the places `at` (n,) of the trained rows, and targets and weights of those only."
     if len(at) < len(hidden): hidden = hidden.index_select(0, at)

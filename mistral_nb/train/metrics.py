@@ -43,7 +43,7 @@ class EvalLog:
 
     def __str__(self) -> str: return f"eval at step {self.step}: loss {self.loss:.4f}, perplexity {self.perplexity:.4g} over {self.tokens:,} tokens"
 
-
+# %% ../../nbs/train/67_metrics.ipynb #steplog
 @dataclass(frozen=True)
 class StepLog:
     "One optimizer step."
@@ -65,7 +65,7 @@ class StepLog:
         parts = [f"step {self.step}/{self.max_steps}", f"loss {self.loss:.4f}", f"lr {self.lr:.2e}", f"{self.tokens_per_second:,.0f} tokens/s", f"{self.memory_gib:.1f} GiB", f"{format_duration(self.eta_seconds)} left"]
         return ", ".join(parts) + (f"; {self.eval}" if self.eval else "") + (f"; saved {self.checkpoint}" if self.checkpoint else "")
 
-
+# %% ../../nbs/train/67_metrics.ipynb #peak-memory-gib
 def format_duration(seconds: float) -> str:
     "Seconds as `1:02:03` or `2:03`."
     s = round(seconds) if math.isfinite(seconds) else 0
@@ -90,7 +90,7 @@ def to_json_values(record: StepLog | EvalLog) -> dict[str, Any]:
     values = {k: v for k, v in asdict(record).items() if k != "eval" and v is not None}
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
-
+# %% ../../nbs/train/67_metrics.ipynb #jsonlines
 class JsonLines:
     "Records as lines in `run_dir/metrics.train.jsonl` and `run_dir/metrics.eval.jsonl`."
 
@@ -110,7 +110,7 @@ class JsonLines:
     def close(self) -> None:
         for f in self.files.values(): f.close()
 
-
+# %% ../../nbs/train/67_metrics.ipynb #parse-records
 def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
     "The records in a metrics file; a last line that is still being written is left out, and so is, with a warning, one that is no JSON."
     yield from parse_records(Path(path).read_text(encoding="utf-8", errors="replace").split("\n")[:-1], path)
@@ -135,7 +135,7 @@ def scalars(record: StepLog | EvalLog) -> dict[str, float]:
     prefix = "train" if isinstance(record, StepLog) else "eval"
     return {f"{prefix}.{k}": v for k, v in to_json_values(record).items() if isinstance(v, (int, float)) and k not in ("step", "max_steps")}
 
-
+# %% ../../nbs/train/67_metrics.ipynb #tensorboard
 class TensorBoard:
     "Scalars as TensorBoard events in `run_dir/tb`."
 
@@ -149,7 +149,7 @@ class TensorBoard:
 
     def close(self) -> None: self.writer.close()
 
-
+# %% ../../nbs/train/67_metrics.ipynb #check-wandb
 def check_wandb(offline: bool) -> Any:
     "The package wandb; `ConfigError` if it will need a key and finds none."
     wandb = _need("wandb", "pip install wandb")
@@ -157,7 +157,7 @@ def check_wandb(offline: bool) -> Any:
         raise ConfigError("wandb.project", "is set and there is no key", "set the environment variable WANDB_API_KEY, or wandb.offline: true")
     return wandb
 
-
+# %% ../../nbs/train/67_metrics.ipynb #wandb
 class Wandb:
     "Scalars and settings in a Weights & Biases project; `WANDB_API_KEY` is read from the environment by wandb itself."
 
@@ -169,7 +169,7 @@ class Wandb:
 
     def close(self) -> None: self.run.finish()
 
-
+# %% ../../nbs/train/67_metrics.ipynb #mlflow
 class MLFlow:
     "Scalars and settings in an MLflow store."
 

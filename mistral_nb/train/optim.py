@@ -51,7 +51,7 @@ def adamw(params: Mapping[str, nn.Parameter] | Iterable[nn.Parameter], lr: float
     options = [dict(params=ps, lr=lr * times, times=times, weight_decay=decay) for (times, decay), ps in groups.items()]
     return torch.optim.AdamW(options, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=all(p.is_cuda for p in named.values()) or None)  # fused: no copies of all moments
 
-
+# %% ../../nbs/train/60_optim.ipynb #set-lr
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, beta1: float = 0.9) -> None:
     "Learning rate and first coefficient of the next step."
     for group in optimizer.param_groups: group["lr"], group["betas"] = lr * group.get("times", 1.0), (beta1, group["betas"][1])

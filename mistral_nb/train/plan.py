@@ -72,7 +72,7 @@ class StepShape:
     @property
     def full(self) -> bool: return self.rank == 0
 
-
+# %% ../../nbs/train/69_plan.ipynb #n-trained
 def weight_bytes(job: StepShape) -> int:
     "The frozen model, or all weights of a full training."
     a = job.model
@@ -107,7 +107,7 @@ def saved_bytes(job: StepShape) -> int:
     small = 4 * (a.n_heads + 2) + (k * (8 + 8 + 4 + 4) if a.moe else 0)  # logsumexp, norms; routes and shares
     return numbers * job.size + small
 
-
+# %% ../../nbs/train/69_plan.ipynb #live-bytes
 def live_bytes(job: StepShape) -> int:
     "What the backward pass of one layer needs for each token beside what was kept."
     a, k = job.model, job.model.moe.num_experts_per_tok if job.model.moe else 1
@@ -136,7 +136,7 @@ class Memory:
     @property
     def total(self) -> int: return sum(getattr(self, f.name) for f in fields(self))
 
-
+# %% ../../nbs/train/69_plan.ipynb #loss-bytes
 def loss_bytes(job: StepShape, tokens: int) -> int:
     "Trained rows, their gradient, one chunk of logits; for a trained output matrix its gradient too."
     a = job.model
@@ -160,7 +160,7 @@ def share_bytes(job: StepShape) -> int:
     whole = whole_tables(job) * job.model.vocab_size * job.model.dim * job.size if job.shares > 1 else 0
     return (weight_bytes(job) - whole) // job.shares + whole
 
-
+# %% ../../nbs/train/69_plan.ipynb #gathered-bytes
 def gathered_bytes(job: StepShape) -> int:
     "A layer, the next one, the message that it comes in, and the output matrix; or, at the start, both tables and a message; in a full training also gradients of a layer, before and while they are sent."
     if job.shares == 1: return 0
@@ -169,7 +169,7 @@ def gathered_bytes(job: StepShape) -> int:
     divided = n - whole_tables(job)
     return max(layers + table * min(divided, 1), table * (divided + 1) * (divided > 0))  # the first is put together while the output matrix is there
 
-
+# %% ../../nbs/train/69_plan.ipynb #step-memory
 def step_memory(
     job: StepShape,
     tokens: int,  # that pass through the model at once
@@ -217,7 +217,7 @@ def free_memory(device: str) -> tuple[int, str]:
     if most.strip().isdigit() and used.strip().isdigit(): found.append(max(0, int(most) - int(used) + cached))  # a container's share
     return min(found), "CPU"
 
-
+# %% ../../nbs/train/69_plan.ipynb #lines
 def _lines(path: str) -> list[str]:
     try: return Path(path).read_text().splitlines()
     except OSError: return []
@@ -233,7 +233,7 @@ def has_expanded_heads(device: str, dtype: torch.dtype) -> bool:
     "Whether attention on this machine's device goes block by block with a key and a value for every head."
     return device == "cuda" and torch.cuda.is_available() and not (dtype.itemsize == 2 and has_varlen(torch.device("cuda")))
 
-
+# %% ../../nbs/train/69_plan.ipynb #plan-code
 @dataclass(frozen=True)
 class Plan:
     "How a run uses the memory of a device."
@@ -283,7 +283,7 @@ class Plan:
 
     def _repr_html_(self) -> str: return self.table()._repr_html_()
 
-
+# %% ../../nbs/train/69_plan.ipynb #layers-asked-for
 def to_gib(n: float) -> float:
     "Bytes as GiB, for people."
     return round(n / 2**30, 2)
@@ -300,7 +300,7 @@ def divisions(placement: str, world_size: int, node: int) -> list[int]:
     "Among how many of the processes, `node` of them on each node, a model is divided; the first that fits is taken."
     return {"auto": list(dict.fromkeys([1, node, world_size])), "replicate": [1], "shard": [world_size], "hybrid": [node]}[placement]
 
-
+# %% ../../nbs/train/69_plan.ipynb #make-plan
 def make_plan(
     args: TrainArgs,
     model: ModelArgs,
@@ -325,7 +325,7 @@ def make_plan(
     if args.placement != "replicate" and (more := [n for n in (2, 4, 8, 16, 32) if n > world_size and fit_tokens(replace(job, shares=n), int(SAFETY * budget), longest, longest, fixed)]): hints.append(f"{more[0]} processes, which divide the model among them")
     return Plan(job, budget, device, tokens, *smallest, False, tuple(hints), world_size)
 
-
+# %% ../../nbs/train/69_plan.ipynb #suggest-changes
 def suggest_changes(job: StepShape, budget: int, longest: int, recompute: int | None) -> list[str]:
     "Changes of one setting after which it fits."
     out = []
@@ -342,7 +342,7 @@ def suggest_changes(job: StepShape, budget: int, longest: int, recompute: int | 
             break
     return out
 
-
+# %% ../../nbs/train/69_plan.ipynb #plan-code-code
 def plan(source=None, *overrides: str, **values) -> Plan:
     "What the run of these settings (as for `load_args`) needs, against the device that it would run on."
     args = check_paths(load_args(source, *overrides, **values))
@@ -361,7 +361,7 @@ def plan(source=None, *overrides: str, **values) -> Plan:
     budget = int(args.memory_gib * 2**30) if args.memory_gib else free
     return make_plan(args, shape, dtype, budget, name, None, storage, has_expanded_heads(device, dtype), world)
 
-
+# %% ../../nbs/train/69_plan.ipynb #remote-dtype
 def remote_dtype(args: TrainArgs) -> torch.dtype:
     "The type that `auto` means on a recent GPU."
     if args.dtype != "auto": return getattr(torch, args.dtype)

@@ -35,7 +35,6 @@ def loss_divisors(batches: Sequence[Batch], average: str, device: torch.device) 
     ranks = dist.all_reduce_sum([1.0], device)[0]
     return [max(1, b.trained) * len(batches) * ranks for b in batches]
 
-
 IDLE_BATCH = Batch(np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, bool), (1,))  # what a process computes while others have more pieces
 
 
@@ -52,7 +51,7 @@ class NotFiniteError(FloatingPointError):
         self.loss, self.here = loss, here
         super().__init__(f"{what}: lower optim.lr, or look for broken rows")
 
-
+# %% ../../nbs/train/70_step.ipynb #train-step
 def train_step(
     model: Transformer,
     batches: Sequence[Batch],  # the micro-batches of this rank

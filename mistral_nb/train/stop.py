@@ -79,11 +79,10 @@ def process_id(pid: int) -> str | None:
     except PermissionError: pass
     return f"{pid}:"
 
-
+# %% ../../nbs/train/63_stop.ipynb #stop-requested
 def stop_file(run_dir: str | Path) -> Path:
     "The file that asks a run to stop."
     return Path(run_dir) / "STOP"
-
 
 LAUNCHED_ENV = "MISTRAL_NB_LAUNCHED"  # in the environment of a job that a notebook started
 
@@ -112,7 +111,7 @@ def is_in_collective(frame: FrameType | None) -> bool:
     names = [f.filename.replace(os.sep, "/") for f in traceback.extract_stack(frame)] if frame else []
     return any(n.endswith("torch/distributed/distributed_c10d.py") or n.endswith("mistral_nb/train/dist.py") for n in names) or bool(names) and "torch/distributed/" in names[-1]
 
-
+# %% ../../nbs/train/63_stop.ipynb #watchdog
 class Watchdog:
     "Inside this block, a process that does not say `alive` for `seconds` prints its stack and ends; `tell` gets what is printed."
 
