@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from mistral_nb.core.html import Table
+from mistral_nb.core.display import Table
 from mistral_nb.model.args import ModelArgs, MoeArgs, flops_per_token
 
 RANK, SCALING, LR, DECAY, MAX_NORM, EPS = 64, 2.0, 1e-4, 0.1, 1.0, 1e-5
@@ -233,7 +233,7 @@ def kernels(run: Callable[[], Any], top: int = 25) -> list[list]:
 def step(model: str, storage: str, tokens: int, steps: int, profile: bool, memory_gib: float | None) -> dict:
     "This package's step, cut and recomputed as its plan for the free memory says."
     import torch
-    from mistral_nb.core.config import LoraArgs, TrainArgs
+    from mistral_nb.core.settings import LoraArgs, TrainArgs
     from mistral_nb.train import checkpoint, loop, optim
     from mistral_nb.train.plan import free_memory, make_plan
     shape, dtype = SHAPES[model], dtype_here()

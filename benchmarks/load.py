@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one: return print(json.dumps(load(Path(options.one[0]), options.one[1], options.device)))
-    from mistral_nb.core.html import Table
+    from mistral_nb.core.display import Table
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name) / "model"
         size = make(folder, 2 if options.tiny else options.layers, options.tiny)

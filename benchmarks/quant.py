@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--tiny", action="store_true", help="a quick smoke run; its losses are not judged")
     options = parser.parse_args()
-    from mistral_nb.core.html import Table
+    from mistral_nb.core.display import Table
     from mistral_nb.demo import make_model
     steps, sizes = (4, (50, 4)) if options.tiny else (options.steps, (2000, 100))
     with tempfile.TemporaryDirectory() as name:

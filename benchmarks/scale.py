@@ -65,7 +65,7 @@ def counting(found: dict[str, int]):
 def theory(job, pieces: int) -> dict[str, int]:
     "Bytes of one step: the adapter's gradients once; for each piece of a divided model every layer and both tables, forward and backward (PyTorch fetches the embedding for the backward pass too, which does not need it)."
     from mistral_nb.model.args import linear_shapes
-    from mistral_nb.train.plan import n_trained
+    from mistral_nb.train.memory import n_trained
     a = job.model
     rows = sum(n * i * o for n, i, o in linear_shapes(a).values()) + 2 * a.vocab_size * a.dim
     return {"allreduce_": 4 * n_trained(job)} | ({"_allgather_base_": pieces * 2 * rows * job.size} if job.shares > 1 else {})
@@ -118,9 +118,9 @@ def main() -> None:
         what, folder, *more = options.rank
         found = load(Path(folder), *more) if what == "load" else steps(Path(folder), more[0], int(more[1]))
         if found: print("found", json.dumps(found))
-        from mistral_nb.train import dist
-        dist.exit_process(0)
-    from mistral_nb.core.html import Table
+        from mistral_nb.train import faults
+        faults.exit_process(0)
+    from mistral_nb.core.display import Table
     mib, ok = lambda n: round(n / 2**20, 1), True
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder, rows = Path(name) / "model", []

@@ -248,7 +248,7 @@ def run_part(options: argparse.Namespace, peers: bool) -> dict:
 
 def report(variants: list[str], batch, used: dict, timed: dict) -> tuple[float, float, float]:
     "Print the table; returns the ratios of speed to both peers, and of memory to the packed one."
-    from mistral_nb.core.html import Table
+    from mistral_nb.core.display import Table
     real = len(batch.x)
     cost = {v: median(timed["seconds"][v]) for v in variants}
     first = {v: timed["losses"][v][0] for v in variants}

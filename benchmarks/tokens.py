@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Callable
 
-from mistral_nb.core.html import Table
+from mistral_nb.core.display import Table
 from mistral_nb.data.cache import available_cores
 
 WAYS: dict[str, Callable[..., dict]] = {}
@@ -68,7 +68,8 @@ def cached(**options) -> dict:
 def packing(file: str, tokenizer: str, chunk: bool, cache: str, seq_len: int, kind: str) -> dict:
     "Positions of rows per CPU second, over three epochs: `lists`, `plan` (who shares a row) or `batches` (the rows as arrays)."
     import plain as baseline
-    from mistral_nb.data.batches import Source, TokenizedSource, train_batches
+    from mistral_nb.data.batches import train_batches
+    from mistral_nb.data.sources import Source, TokenizedSource
     from mistral_nb.data.cache import tokenize_file
     from mistral_nb.data.tokens import load_tokenizer
     found = tokenize_file(file, load_tokenizer(tokenizer), chunk=chunk, cache=cache)

@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from .core.config import parse_command
-from .core.html import prepare_terminal
-from .core.html import safe_text
+from .core.display import prepare_terminal
+from .core.display import safe_text
 
 # %% ../nbs/90_cli.ipynb #demo
 def cmd_demo(args: argparse.Namespace) -> int:
     "Make a tiny model, train it, ask it."
-    from mistral_nb.data.batches import sources_table
+    from mistral_nb.data.sources import sources_table
     from mistral_nb.data.schema import read_samples
     from mistral_nb.data.view import show
     from mistral_nb.demo import demo_settings, held_out, make_demo, new_run_dir, sample_rows, count_exact
-    from mistral_nb.infer.generate import Chat
+    from mistral_nb.infer.chat import Chat
     from mistral_nb.train.loop import Trainer
     folder, began = Path(args.folder), time.perf_counter()
     make_demo(folder, args.seed)
@@ -63,7 +63,7 @@ def cmd_train(args: argparse.Namespace) -> int:
 def _chat(args: argparse.Namespace) -> Any:
     "A `Chat` from the options that chat and generate share"
     from mistral_nb.data.tokens import load_tokenizer
-    from mistral_nb.infer.generate import Chat, load_tuned
+    from mistral_nb.infer.chat import Chat, load_tuned
     from mistral_nb.model.args import load_model_args
     from mistral_nb.model.weights import file_dtype
     from mistral_nb.train.plan import choose_device, choose_dtype
@@ -128,7 +128,7 @@ def cmd_show(args: argparse.Namespace) -> int:
 # %% ../nbs/90_cli.ipynb #data
 def cmd_check(args: argparse.Namespace) -> int:
     "Everything that is wrong with a run's data, or with a data file; exit code 1 if training would refuse it."
-    from mistral_nb.core.config import load_args
+    from mistral_nb.core.settings import load_args
     from mistral_nb.data.check import check
     run = Path(args.source).suffix in (".yaml", ".yml")
     if args.overrides and not run: raise ValueError(f"{args.overrides[0]}: only a YAML file takes settings, and {args.source} is data")

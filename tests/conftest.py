@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from mistral_nb.core.config import load_args
+from mistral_nb.core.settings import load_args
 from mistral_nb.core.config import to_dict
 from mistral_nb.demo import demo_settings
 from mistral_nb.demo import make_demo

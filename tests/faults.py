@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 
-from mistral_nb.train import dist, loop
+from mistral_nb.train import dist, faults, loop
 from mistral_nb.train.__main__ import main
 
 KINDS = {
@@ -30,4 +30,4 @@ def broken(real, kind: str, at: int):
 
 if __name__ == "__main__":
     loop.train_step = broken(loop.train_step, sys.argv[1], int(sys.argv[2]))
-    dist.exit_process(main(sys.argv[3:]))
+    faults.exit_process(main(sys.argv[3:]))

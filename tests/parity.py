@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from mistral_nb.data.batches import Batch
 from mistral_nb.data.batches import eval_batches
-from mistral_nb.data.batches import parse_run_sources
-from mistral_nb.data.batches import tokenize_source
+from mistral_nb.data.sources import parse_run_sources
+from mistral_nb.data.sources import tokenize_source
 from mistral_nb.data.batches import train_batches
 from mistral_nb.data.convert import finetune_reformat
 from mistral_nb.data.schema import SampleError

@@ -3,12 +3,13 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from mistral_nb.model.quant import local_rows
-from mistral_nb.train import dist
+from mistral_nb.train import dist, faults
 from mistral_nb.train.loop import Trainer
 
 ALSO = ["norms", "embeddings", "output"]
@@ -36,7 +37,7 @@ def trainer(root: Path, name: str, ranks: int, **values) -> Trainer:
         seq_len=128, batch_size=1, num_microbatches=ROWS // ranks, max_steps=3, eval_freq=3, no_eval=False, device="cpu", placement="replicate" if name in COPIED or ranks == 1 else "shard", lora=lora,
     )
     made = Trainer(settings | changes)
-    if name in PIECES: made.plan = made.plan.__class__(**made.plan.__dict__ | dict(micro=PIECES[name]))
+    if name in PIECES: made.run.plan = replace(made.plan, micro=PIECES[name])
     return made
 
 
@@ -66,7 +67,7 @@ def main(root: Path, names: list[str]) -> None:
     if ranks == 2 and set(GOES_ON) <= set(names): out |= {f"{name} goes on": numbers(goes_on(root, name)) for name in GOES_ON}
     if dist.join_group().main: (root / f"{ranks}{'.hybrid' if nodes else ''}.json").write_text(json.dumps(out))
     dist.leave_group()
-    dist.exit_process(0)
+    faults.exit_process(0)
 
 
 if __name__ == "__main__": main(Path(sys.argv[1]), sys.argv[2:])

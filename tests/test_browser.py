@@ -13,13 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from mistral_nb.core.config import DataArgs
-from mistral_nb.core.config import TrainArgs
-from mistral_nb.core.html import Table
-from mistral_nb.core.html import reveal_hidden
-from mistral_nb.data.batches import Source
+from mistral_nb.core.settings import DataArgs
+from mistral_nb.core.settings import TrainArgs
+from mistral_nb.core.display import Table
+from mistral_nb.core.display import reveal_hidden
+from mistral_nb.data.sources import Source
 from mistral_nb.data.batches import eval_batches
-from mistral_nb.data.batches import tokenize_source
+from mistral_nb.data.sources import tokenize_source
 from mistral_nb.data.check import check
 from mistral_nb.data.convert import convert
 from mistral_nb.data.rows import write_rows

@@ -12,13 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from mistral_nb import cli
-from mistral_nb.core.config import folder_notes, jsonl_files, why_not_jsonl
+from mistral_nb.core.paths import folder_notes, jsonl_files, why_not_jsonl
 from mistral_nb.data.check import check
 from mistral_nb.data.convert import convert
 from mistral_nb.data.formats import UnknownFormatError, guess_format
 from mistral_nb.data.rows import read_rows, write_rows
 from mistral_nb.data.schema import SampleError, parse_row
-from mistral_nb.data.tokens import certify, encode_with_prefixes, load_tokenizer
+from mistral_nb.data.certify import certify
+from mistral_nb.data.tokens import encode_with_prefixes, load_tokenizer
 
 CASES = Path(__file__).parent / "cases"
 VERSIONS = ("v2", "v3", "v3-tekken", "v7")

@@ -13,17 +13,17 @@ from mistral_common.protocol.instruct.validator import get_validator
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from mistral_nb.data.check import KEPT
-from mistral_nb.data.check import MAX_KEPT_FINDINGS
-from mistral_nb.data.check import REJECTED
-from mistral_nb.data.check import REPAIRED
+from mistral_nb.data.examine import KEPT
+from mistral_nb.data.examine import MAX_KEPT_FINDINGS
+from mistral_nb.data.examine import REJECTED
+from mistral_nb.data.examine import REPAIRED
 from mistral_nb.data.check import CheckReport
 from mistral_nb.data.check import check
 from mistral_nb.data.schema import SampleError
 from mistral_nb.data.schema import Location
 from mistral_nb.data.schema import parse_line
 from mistral_nb.data.tokens import Tokenizer
-from mistral_nb.data.tokens import certify
+from mistral_nb.data.certify import certify
 from mistral_nb.data.tokens import encode
 from mistral_nb.data.tokens import load_tokenizer
 

@@ -50,7 +50,7 @@ def test_compiled_piece(name):
 
 def test_no_compiler_is_no_error(monkeypatch):
     "A piece that cannot be compiled runs as written, and says so once"
-    piece = fused.compiled(lambda x: x + 1)
+    piece = fused.compile_on_gpu(lambda x: x + 1)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
 
     def fail(*args): raise torch._dynamo.exc.TorchRuntimeError("no compiler")

@@ -9,16 +9,9 @@ from pathlib import Path
 import pytest
 
 from mistral_nb import cli
-from mistral_nb.core.config import (
-    ConfigError,
-    TrainArgs,
-    non_defaults,
-    check_overlap,
-    check_paths,
-    folder_notes,
-    load_args,
-    parse_yaml,
-)
+from mistral_nb.core.config import ConfigError, parse_yaml
+from mistral_nb.core.paths import folder_notes
+from mistral_nb.core.settings import check_overlap, check_paths, load_args, non_defaults, TrainArgs
 
 ODD = [
     None,

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 from mistral_nb.data.batches import Mixer
-from mistral_nb.data.batches import placed_lengths
-from mistral_nb.data.batches import Source
-from mistral_nb.data.batches import tokenize_source
+from mistral_nb.data.sources import placed_lengths
+from mistral_nb.data.sources import Source
+from mistral_nb.data.sources import tokenize_source
 from mistral_nb.data.batches import train_batches
 from mistral_nb.data.cache import cache_table
 from mistral_nb.data.cache import tokenize_file
-from mistral_nb.data.fast import text_encoder
+from mistral_nb.data.encoder import text_encoder
 from mistral_nb.data.pack import PackCounts
 from mistral_nb.data.pack import Packer
 from mistral_nb.data.schema import parse_line
@@ -186,7 +186,7 @@ def test_stale(tmp_path):
 PEAK = """
 import resource, sys
 from mistral_nb.data.cache import tokenize_file
-from mistral_nb.data.batches import Source, Tokenized, train_batches
+from mistral_nb.data.batches import train_batches
 from mistral_nb.data.tokens import load_tokenizer
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 found = tokenize_file(sys.argv[1], load_tokenizer("v3"), cache=sys.argv[2], workers=1)

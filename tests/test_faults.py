@@ -13,9 +13,9 @@ from conftest import ended
 from conftest import needs_proc
 from conftest import steps_done
 from conftest import train_command
-from mistral_nb.notebook.job import process_tree
-from mistral_nb.train.checkpoint import checkpoints
-from mistral_nb.train.checkpoint import find_damage
+from mistral_nb.notebook.processes import process_tree
+from mistral_nb.train.run_dir import checkpoints
+from mistral_nb.train.run_dir import find_damage
 from mistral_nb.train.metrics import read_records
 
 pytestmark = needs_proc

@@ -11,10 +11,12 @@ import torch
 
 from mistral_nb.data.pack import pack_samples
 from mistral_nb.data.schema import parse_row
-from mistral_nb.data.tokens import TokenSample, certify, load_tokenizer
+from mistral_nb.data.certify import certify
+from mistral_nb.data.tokens import load_tokenizer, TokenSample
 from mistral_nb.infer.generate import generate
 from mistral_nb.model.lora import lora_layers, add_adapters, load_adapter_state, merged_state
-from mistral_nb.model.weights import load_model, read_tensors, save_model, unpermute, weight_files
+from mistral_nb.model.layouts import unpermute
+from mistral_nb.model.weights import load_model, read_tensors, save_model, weight_files
 from mistral_nb.train.checkpoint import trainable_params
 from mistral_nb.train.step import batch_loss
 

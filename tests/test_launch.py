@@ -16,14 +16,14 @@ from conftest import ended
 from conftest import needs_proc
 from conftest import steps_done
 from mistral_nb.demo import demo_settings
-from mistral_nb.notebook.job import JobFailedError
+from mistral_nb.notebook.failure import JobFailedError
 from mistral_nb.notebook.job import attach
-from mistral_nb.notebook.job import diagnose
-from mistral_nb.notebook.job import process_tree
-from mistral_nb.notebook.job import send_signal
+from mistral_nb.notebook.failure import diagnose
+from mistral_nb.notebook.processes import process_tree
+from mistral_nb.notebook.processes import send_signal
 from mistral_nb.notebook.launch import launch
-from mistral_nb.train.checkpoint import checkpoints
-from mistral_nb.train.checkpoint import find_damage
+from mistral_nb.train.run_dir import checkpoints
+from mistral_nb.train.run_dir import find_damage
 from mistral_nb.train.loop import Trainer
 from mistral_nb.train.stop import stop_file
 from test_kernel import execute
@@ -166,7 +166,7 @@ def test_rank_raises(settings, tmp_path, shell_env):
     folder = tmp_path / "launch"
     folder.mkdir()
     config = folder / "config.yaml"
-    from mistral_nb.core.config import load_args, save_args
+    from mistral_nb.core.settings import load_args, save_args
     save_args(load_args(settings(max_steps=6)), config)
     with open(folder / "torchrun.log", "wb") as log:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--log-dir={folder / 'logs'}", "--redirects=3", str(ROOT / "tests/faults.py"), "raises", "2", str(config)]

@@ -7,12 +7,12 @@ import time
 import pytest
 
 from mistral_nb.core.config import ConfigError
-from mistral_nb.core.config import load_args
-from mistral_nb.core.config import save_args
-from mistral_nb.train import metrics
-from mistral_nb.train.checkpoint import run_marker
+from mistral_nb.core.settings import load_args
+from mistral_nb.core.settings import save_args
+from mistral_nb.train import tracking
+from mistral_nb.train.run_dir import run_marker
 from mistral_nb.train.loop import Trainer
-from mistral_nb.train.metrics import MLFlow
+from mistral_nb.train.tracking import MLFlow
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_wandb_offline(settings, tmp_path, monkeypatch):
 def test_wandb_without_a_key(tmp_path, shell_env):
     "Online without a key is an error that names the environment variable, not a prompt"
     env = {k: v for k, v in shell_env.items() if not k.startswith("WANDB")} | {"NETRC": str(tmp_path / "none"), "HOME": str(tmp_path)}
-    code = "from mistral_nb.train.metrics import Wandb; Wandb('run', 'demo', {})"
+    code = "from mistral_nb.train.tracking import Wandb; Wandb('run', 'demo', {})"
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "set the environment variable WANDB_API_KEY" in done.stderr
 
@@ -70,7 +70,7 @@ def test_mlflow_store(settings, tmp_path):
 @pytest.fixture
 def silent(monkeypatch):
     "A server that takes connections and never says a word"
-    monkeypatch.setattr(metrics, "ANSWERS", 1.0)
+    monkeypatch.setattr(tracking, "ANSWER_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as server: yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
@@ -93,8 +93,8 @@ def test_server_that_falls(settings, tmp_path, monkeypatch):
     class Falls:
         def log(self, record): raise OSError("connection reset")
         def close(self): pass
-    monkeypatch.setattr("mistral_nb.train.loop.MLFlow", lambda *args: Falls())
-    def slow(self, record, log=metrics.Service.log): log(self, record); time.sleep(0.2)
-    monkeypatch.setattr(metrics.Service, "log", slow)
+    monkeypatch.setattr("mistral_nb.train.tracking.MLFlow", lambda *args: Falls())
+    def slow(self, record, log=tracking.Service.log): log(self, record); time.sleep(0.2)
+    monkeypatch.setattr(tracking.Service, "log", slow)
     run = Trainer(settings(mlflow=dict(tracking_uri="http://host"), on_tracking_error="stop"), max_steps=8)
     with pytest.raises(KeyboardInterrupt, match="connection reset"): run.fit()

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mistral_nb.cli import main
-from mistral_nb.infer.generate import load_tuned
+from mistral_nb.infer.chat import load_tuned
 from mistral_nb.model import keys
 from mistral_nb.model.args import ModelArgs, ModelError, from_hf, load_model_args
 from mistral_nb.model.lora import GUARD_TENSOR, merged_state

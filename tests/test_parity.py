@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 import parity
-from mistral_nb.core.config import jsonl_files
-from mistral_nb.data.batches import TokenizedSource
+from mistral_nb.core.paths import jsonl_files
+from mistral_nb.data.sources import TokenizedSource
 from mistral_nb.data.convert import convert
 from mistral_nb.train.optim import beta1_at
 from mistral_nb.train.optim import lr_at

@@ -14,7 +14,7 @@ from conftest import ROOT
 from mistral_nb.demo import make_data, make_model
 from mistral_nb.model.args import ModelArgs, MoeArgs
 from mistral_nb.model.weights import load_model, save_tensors
-from mistral_nb.train.checkpoint import checkpoints
+from mistral_nb.train.run_dir import checkpoints
 from mistral_nb.train.dist import FSDP_SINCE
 
 SHAPE = ModelArgs(dim=64, n_layers=2, head_dim=16, hidden_dim=128, n_heads=4, n_kv_heads=2, norm_eps=1e-5, vocab_size=32768)

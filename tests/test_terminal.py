@@ -11,7 +11,8 @@ import pytest
 
 from mistral_nb import cli
 from mistral_nb.data.check import check
-from mistral_nb.notebook.job import Failure, Job, JobFailedError, diagnose
+from mistral_nb.notebook.failure import diagnose, Failure, JobFailedError
+from mistral_nb.notebook.job import Job
 
 ORDERS = "\x1b]0;owned\x07\x1b[2J\x1b[31m\u202etxet\u2066\x00\x9b1m\r"
 STEERS = [c for c in ORDERS if ord(c) < 32 or ord(c) in range(0x7F, 0xA0) or ord(c) > 0x2000]

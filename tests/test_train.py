@@ -15,7 +15,7 @@ from mistral_nb.demo import demo_settings
 from mistral_nb.model.weights import load_model
 from mistral_nb.model.weights import save_model
 from mistral_nb.train.loop import Trainer
-from mistral_nb.train.checkpoint import checkpoints
+from mistral_nb.train.run_dir import checkpoints
 from mistral_nb.train.metrics import read_records
 
 FAST = dict(max_steps=6, seq_len=128, eval_freq=3)

@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mistral_nb.core.config import load_args
+from mistral_nb.core.settings import load_args
 from mistral_nb.data.batches import eval_batches
 from mistral_nb.demo import make_data, make_model
-from mistral_nb.infer.generate import load_tuned
+from mistral_nb.infer.chat import load_tuned
 from mistral_nb.model.args import ModelArgs, MoeArgs
 from mistral_nb.model.lora import adapter_off, adapter_state, lora_layers, add_adapters, add_adapters_like, init_pissa, load_adapter_state, merged_state, subtract_from_base
-from mistral_nb.model.weights import load_model, save_model, unpermute
+from mistral_nb.model.layouts import unpermute
+from mistral_nb.model.weights import load_model, save_model
 from mistral_nb.train.checkpoint import trainable_params
 from mistral_nb.train.loop import Trainer, effective_scaling
 from mistral_nb.train.optim import adamw, set_lr

@@ -35,7 +35,7 @@ from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from pydantic import TypeAdapter
 from pydantic import ValidationError
 
-from ..core.html import one_line
+from ..core.display import one_line
 
 # %% ../../nbs/data/10_schema.ipynb #error
 @dataclass(frozen=True)

@@ -21,26 +21,15 @@ from typing import Any
 import torch
 
 from ..core.config import ConfigError
-from ..core.config import TrainArgs
-from ..core.config import check_paths
-from ..core.config import load_args
-from ..core.config import save_args
-from ..core.html import escape
-from .job import Job
-from .job import JobFailedError
-from .job import PlainText
-from .job import write_job
-from ..train.checkpoint import check_resumable
-from ..train.checkpoint import check_run_dir_free
-from ..train.checkpoint import is_locked
-from ..train.checkpoint import newest_checkpoint
-from ..train.checkpoint import step_of
-from ..train.checkpoint import run_marker
+from ..core.display import escape
+from ..core.files import write_atomic
+from ..core.settings import check_paths, load_args, save_args, TrainArgs
+from .failure import JobFailedError
+from .job import Job, PlainText, write_job
 from ..train.metrics import JsonLines
-from ..train.stop import LAUNCHED_ENV
-from ..train.stop import OWNER_ENV
-from ..train.stop import process_id
-from ..train.stop import stop_file
+from ..train.resume import check_resumable
+from ..train.run_dir import check_run_dir_free, is_locked, newest_checkpoint, run_marker, step_of
+from ..train.stop import LAUNCHED_ENV, OWNER_ENV, process_id, stop_file
 
 # %% ../../nbs/notebook/84_launch.ipynb #launch
 NOT_FOR_CHILDREN = re.compile(r"^(MPLBACKEND|JPY_.*|JUPYTER_.*|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_RANK|ROLE_.*|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|FORCE_COLOR|CLICOLOR.*|PAGER|IN_TEST)$")
@@ -175,7 +164,7 @@ class MultiNodeJob:
         "Write the script into the run's folder and hand it to `sbatch`; returns what that said"
         if not shutil.which("sbatch"): raise ConfigError("nnodes", "there is no sbatch on this machine", "print(nodes) shows what to run without Slurm")
         file = self.run_dir / "launch" / "job.sbatch"
-        file.write_text(self.sbatch(**options))
+        write_atomic(file, self.sbatch(**options))
         done = subprocess.run(["sbatch", str(file)], capture_output=True, text=True)
         if done.returncode: raise JobFailedError(f"sbatch refused {file}: {done.stderr.strip() or done.stdout.strip()}")
         return done.stdout.strip()

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Callable
 
+from ..core.files import write_atomic
+
 # %% ../../nbs/train/63_stop.ipynb #interrupted
 class Interrupted(KeyboardInterrupt):
     "A run that was stopped on purpose, after it saved; its text says where and how to go on."
@@ -94,8 +96,8 @@ def clear_stop_request(run_dir: str | Path) -> None:
 
 def record_stop(run_dir: str | Path, why: str) -> None:
     "Tell who launched a job that it has stopped as asked, whatever torchrun's exit code says."
-    try: (Path(run_dir) / "launch" / "stopped").write_text(why + "\n")
-    except OSError: pass  # nobody launched it
+    launched = Path(run_dir) / "launch"
+    if launched.is_dir(): write_atomic(launched / "stopped", why + "\n")
 
 
 def stop_requested(run_dir: str | Path) -> str | None:
@@ -103,7 +105,8 @@ def stop_requested(run_dir: str | Path) -> str | None:
     if stop_file(run_dir).exists(): return "the file STOP"
     if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT_PID: return "the end of torchrun"
     owner = os.environ.get(OWNER_ENV)
-    return "the end of the kernel that started it" if owner and process_id(int(owner.partition(":")[0])) != owner else None
+    gone = owner and process_id(int(owner.partition(":")[0])) != owner
+    return "the end of the kernel that started it" if gone else None
 
 # %% ../../nbs/train/63_stop.ipynb #hang
 def is_in_collective(frame: FrameType | None) -> bool:
