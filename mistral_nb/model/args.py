@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MISTRAL_NAMES', 'MISTRAL_BLOCKS', 'HF_DEFAULTS', 'HF_BLOCKS', 'MoeArgs', 'ModelArgs', 'one_window', 'plain_rope',
            'read_shape', 'mistral_window', 'mistral_experts', 'from_params', 'to_params', 'is_nf4', 'check_layers',
-           'hf_theta', 'from_hf', 'shape_file', 'read_json', 'load_model_args', 'linear_shapes', 'n_params', 'n_lora',
-           'flops_per_token']
+           'hf_theta', 'from_hf', 'shape_file', 'read_shape_json', 'load_model_args', 'linear_shapes', 'n_params',
+           'n_lora', 'flops_per_token']
 
 # %% ../../nbs/model/36_args.ipynb #imports
 import json
@@ -62,7 +62,7 @@ def plain_rope(block: Any, file: str, name: str) -> float | None:
         raise ModelError(f"{said}, which scales rope: that cannot be trained yet")
     harmless = {"rope_type", "type", "rope_theta"} | ({"factor"} if keys.is_same(factor, 1) else set())
     keys.refuse_unknown(block, frozenset(harmless), file, f"{name}.")
-    return keys.read_values(block, {"rope_theta": "rope_theta"}, f"{file}: {name}").get("rope_theta")
+    return keys.read_keys(block, {"rope_theta": "rope_theta"}, f"{file}: {name}").get("rope_theta")
 
 # %% ../../nbs/model/36_args.ipynb #shape
 def read_shape(values: dict, names: Mapping[str, str], file: str, extra: dict | None = None) -> ModelArgs:
@@ -99,7 +99,7 @@ def mistral_experts(params: dict, file: str) -> dict[str, int]:
     if keys.is_unset(experts): return {}
     keys.check_object(experts, f"{file}: moe")
     keys.refuse_unknown(experts, frozenset(keys.MOE_KEYS), file, "moe.")
-    return keys.read_values(experts, {k: k for k in keys.MOE_KEYS}, f"{file}: moe")
+    return keys.read_keys(experts, {k: k for k in keys.MOE_KEYS}, f"{file}: moe")
 
 # %% ../../nbs/model/36_args.ipynb #read
 MISTRAL_NAMES = {k.name: k.name for k in keys.SHAPE_KEYS if k.name not in keys.MOE_KEYS}
@@ -114,7 +114,7 @@ def from_params(params: dict, name: str = "params.json") -> ModelArgs:
     keys.refuse_families(params, name)
     keys.refuse_packed(params.get("quantization"), name, "quantization")
     window = mistral_window(params, name)
-    values = keys.read_values(params | {"sliding_window": window}, MISTRAL_NAMES, name)
+    values = keys.read_keys(params | {"sliding_window": window}, MISTRAL_NAMES, name)
     values |= mistral_experts(params, name)
     values.setdefault("rope_theta", 1e4 if window else 1e6)
     plain_rope(params.get("rope_scaling") or None, name, "rope_scaling")
@@ -175,7 +175,7 @@ def from_hf(config: dict, name: str = "config.json") -> ModelArgs:
     if not is_nf4(packed): keys.refuse_packed(packed, name, "quantization_config")
     names = {k: v for k, v in keys.HF_NAMES.items() if kind == "mixtral" or k not in keys.MOE_KEYS}
     window = one_window(config.get("sliding_window", default["sliding_window"]), f"{name}: sliding_window")
-    values = keys.read_values(config | {"sliding_window": window}, names, name, ("n_kv_heads",))
+    values = keys.read_keys(config | {"sliding_window": window}, names, name, ("n_kv_heads",))
     every = "num_key_value_heads" in config  # as null
     values.setdefault("n_kv_heads", values["n_heads"] if every else default["n_kv_heads"])
     values["rope_theta"] = hf_theta(config, name) or values.get("rope_theta") or default["rope_theta"]
@@ -191,7 +191,7 @@ def shape_file(folder: str | Path) -> Path:
     raise ModelError(f"{folder} has no params.json and no config.json: is it a model folder?")
 
 
-def read_json(file: Path) -> Any:
+def read_shape_json(file: Path) -> Any:
     "What a JSON file holds; `ModelError` if it cannot be read."
     try: return json.loads(file.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as e: why = f"is not JSON: line {e.lineno}: {e.msg}"
@@ -204,7 +204,7 @@ def read_json(file: Path) -> Any:
 def load_model_args(folder: str | Path) -> ModelArgs:
     "The shape of the model in `folder`."
     file = shape_file(folder)
-    return (from_params if file.name == "params.json" else from_hf)(read_json(file), str(file))
+    return (from_params if file.name == "params.json" else from_hf)(read_shape_json(file), str(file))
 
 # %% ../../nbs/model/36_args.ipynb #count
 def linear_shapes(args: ModelArgs) -> dict[str, tuple[int, int, int]]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPE_KEYS', 'KEYS_BY_NAME', 'MOE_KEYS', 'HF_NAMES', 'TYPE_WORDS', 'LAYERED_FAMILY', 'FAMILIES', 'NESTED_BLOCKS',
            'HARMLESS_PARAMS', 'HARMLESS_HF', 'FIXED_VALUES', 'ModelError', 'Key', 'in_words', 'check_value',
-           'check_object', 'read_values', 'config_kind', 'Family', 'is_unset', 'set_keys', 'is_of_family',
+           'check_object', 'read_keys', 'config_kind', 'Family', 'is_unset', 'set_keys', 'is_of_family',
            'refuse_families', 'is_same', 'refuse_unknown', 'refuse_packed']
 
 # %% ../../nbs/model/35_keys.ipynb #imports
@@ -75,7 +75,7 @@ def check_object(values: Any, at: str) -> None:
     raise ModelError(f"{at} is {in_words(values)}, and must be an object in braces: {{\"key\": value, …}}")
 
 # %% ../../nbs/model/35_keys.ipynb #values
-def read_values(
+def read_keys(
     block: dict,
     names: Mapping[str, str],  # ours, and the file's for each
     file: str,
