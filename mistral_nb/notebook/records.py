@@ -11,47 +11,62 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..train.metrics import EvalLog, parse_records, StepLog
+from ..train.metrics import EvalLog, StepLog, parse_records
 
 # %% ../../nbs/notebook/81_records.ipynb #records
 class TailReader:
-    "The complete lines of a growing file, as JSON, each time those that are new; from the start again if the file is another one."
+    "The complete lines of a growing file, as JSON, each time those that are new; from the start if it is another file."
 
-    def __init__(self, path: Path): self.path, self.file, self.rest = path, None, b""
+    def __init__(self, path: Path):
+        self.path, self.file, self.rest = path, None, b""
 
     def read(self) -> list[dict[str, Any]]:
         "What has been added"
         try: found = os.stat(self.path)
         except FileNotFoundError: return []
-        if self.file is None or os.fstat(self.file.fileno()).st_ino != found.st_ino or found.st_size < self.file.tell():
+        if not self._is_open(found):
             self.close()
             self.file, self.rest = open(self.path, "rb"), b""
         *lines, self.rest = (self.rest + self.file.read()).split(b"\n")
         return list(parse_records(lines, self.path))
 
+    def _is_open(self, found: os.stat_result) -> bool:
+        "Whether the open file is the one that was found, and has not become shorter"
+        if self.file is None: return False
+        return os.fstat(self.file.fileno()).st_ino == found.st_ino and found.st_size >= self.file.tell()
+
     def close(self) -> None:
         if self.file: self.file.close()
         self.file = None
 
-# %% ../../nbs/notebook/81_records.ipynb #parse-record
+# %% ../../nbs/notebook/81_records.ipynb #recordreader
 def parse_record(kind: type, values: dict[str, Any], **more: Any) -> Any:
     "A `StepLog` or `EvalLog` of what stands in a line; a number that was not finite is read as nan."
     names = {f.name for f in fields(kind)}
-    return kind(**{k: float("nan") if v is None else v for k, v in values.items() if k in names} | more)
+    known = {k: float("nan") if v is None else v for k, v in values.items() if k in names}
+    return kind(**known | more)
 
-# %% ../../nbs/notebook/81_records.ipynb #recordreader
+
 class RecordReader:
     "The `StepLog`s in a run's folder, each once, with the evaluations that belong to them."
 
     def __init__(self, run_dir: Path):
-        self.train, self.evals, self.found, self.last = TailReader(run_dir / "metrics.train.jsonl"), TailReader(run_dir / "metrics.eval.jsonl"), {}, 0
+        self.train = TailReader(run_dir / "metrics.train.jsonl")
+        self.evals = TailReader(run_dir / "metrics.eval.jsonl")
+        self.found: dict[int, EvalLog] = {}
+        self.last = 0  # the newest step that was given
 
     def read(self) -> list[StepLog]:
         "Those that are new"
         lines = self.train.read()
-        self.found |= {e["step"]: parse_record(EvalLog, e) for e in self.evals.read()}
-        new = {r["step"]: parse_record(StepLog, r, eval=self.found.get(r["step"])) for r in lines if r["step"] > self.last}
+        for e in self.evals.read(): self.found[e["step"]] = parse_record(EvalLog, e)
+        new = {}
+        for r in lines:
+            step = r["step"]
+            if step > self.last: new[step] = parse_record(StepLog, r, eval=self.found.get(step))
         self.last = max([self.last, *new])
         return list(new.values())
 
-    def close(self) -> None: self.train.close(), self.evals.close()
+    def close(self) -> None:
+        self.train.close()
+        self.evals.close()
