@@ -36,7 +36,8 @@ class ConfigError(ValueError):
         self.name, self.problem, self.hint = name, problem, hint
         super().__init__(f"{name}: {problem}" + (f" ({hint})" if hint else ""))
 
-    def __reduce__(self): return type(self), (self.name, self.problem, self.hint)  # to be raised in another process
+    def __reduce__(self):  # to be raised in another process
+        return type(self), (self.name, self.problem, self.hint)
 
 # %% ../../nbs/core/01_config.ipynb #require
 def require(ok: Any, name: str, problem: str, hint: str = "") -> None:
@@ -78,10 +79,12 @@ def type_hint(name: str, value: Any, want: type) -> str:
     "What to write instead of a value that is not of the type of its setting."
     key, word = name.split(".")[-1], plain_word(value)
     if is_outlandish(value): value = None  # nothing is like it
-    if want is bool and word in YES + NO: return f"write {key}: {'true' if word in YES else 'false'}, without quotes"
+    if want is bool and word in YES + NO:
+        return f"write {key}: {'true' if word in YES else 'false'}, without quotes"
     if want in (int, float) and isinstance(value, str) and (found := _QUANTITY.fullmatch(value)):
         return f"write {key}: {quantity(want, *found.groups())}"
-    if want is int and isinstance(value, float) and math.isfinite(value): return f"write {key}: {round(value)}"
+    if want is int and isinstance(value, float) and math.isfinite(value):
+        return f"write {key}: {round(value)}"
     if want is str and isinstance(value, str | int | float) or hasattr(value, "isoformat"):
         return f'write {key}: "{value}", in quotes'
     return f"write {key}: {EXAMPLES[want]}"
@@ -134,7 +137,10 @@ def to_any_type(value: Any, want: Any, name: str, hint: Hint) -> Any:
 def to_list(value: Any, want: Any, name: str, hint: Hint) -> list:
     "`value` as a list; a text is parted at its commas."
     if isinstance(value, str): value = [v.strip() for v in value.split(",") if v.strip()]
-    require(isinstance(value, list), name, f"{short_repr(value)} is not a list", f"write {name.split('.')[-1]}: [a, b]")
+    require(
+        isinstance(value, list), name, f"{short_repr(value)} is not a list",
+        f"write {name.split('.')[-1]}: [a, b]",
+    )
     return [to_type(v, typing.get_args(want)[0], name, hint) for v in value]
 
 # %% ../../nbs/core/01_config.ipynb #build
@@ -142,7 +148,10 @@ def from_dict(cls: type, values: Any, name: str = "", hint: Hint = type_hint) ->
     "An instance of the dataclass `cls` from a mapping; unknown keys and wrong types raise `ConfigError`."
     if is_dataclass(values) and isinstance(values, cls): return values
     is_mapping = isinstance(values, dict)
-    require(is_mapping, name or "config", f"{short_repr(values)} is not a mapping", "write one `key: value` a line")
+    require(
+        is_mapping, name or "config", f"{short_repr(values)} is not a mapping",
+        "write one `key: value` a line",
+    )
     known, out = {f.name: f.type for f in fields(cls)}, {}
     for key, value in values.items():
         if key in getattr(cls, "IGNORED", {}):
@@ -160,7 +169,8 @@ def unknown_key(cls: type, key: Any, name: str) -> ConfigError:
     "The error for a key that `cls` has not."
     known = [f.name for f in fields(cls)]
     full = dotted(name, short_repr(key).strip("'"))
-    if key in getattr(cls, "RENAMED", {}): return ConfigError(full, "this key has a new name", f"write {cls.RENAMED[key]}")
+    if key in getattr(cls, "RENAMED", {}):
+        return ConfigError(full, "this key has a new name", f"write {cls.RENAMED[key]}")
     near = difflib.get_close_matches(str(key)[:60], known, 1, 0.4)
     hint = f"did you mean {near[0]}?" if near else "one of " + ", ".join(known)
     return ConfigError(full, "there is no such setting", hint)
@@ -196,7 +206,8 @@ def parse_yaml(text: str, name: str) -> Any:
 def read_yaml(path: str | Path) -> dict:
     "The mapping in a YAML file; `ConfigError` with file, line and column if it cannot be read."
     name = str(path)
-    if Path(path).exists() and not Path(path).is_file(): raise ConfigError(name, "is no file that can be read as settings")
+    if Path(path).exists() and not Path(path).is_file():
+        raise ConfigError(name, "is no file that can be read as settings")
     try: text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as e: raise ConfigError(name, f"cannot be read: {e.strerror}") from None
     except UnicodeDecodeError: raise ConfigError(name, "is not UTF-8") from None

@@ -24,12 +24,16 @@ class WeightedPath:
 
 # %% ../../nbs/core/03_paths.ipynb #parse-sources
 def parse_sources(text: str, name: str = "data") -> list[WeightedPath]:
-    "The entries of `path:weight,path:weight`; `ConfigError` for a repeated path or a weight that is no usual number."
+    "The entries of `path:weight,path:weight`; `ConfigError` for a path that is repeated, or an odd weight."
     out: list[WeightedPath] = []
     for item in filter(None, (s.strip() for s in text.split(","))):
         path, weight = _path_and_weight(item, name)
-        if not (MIN_WEIGHT <= weight <= 1 / MIN_WEIGHT): raise ConfigError(name, f"the weight of {path} is {weight:g}", "weights are numbers from 1e-9 to 1e9")
-        if path in [s.path for s in out]: raise ConfigError(name, f"{path} stands there twice", "give it once, with the sum of the weights")
+        if not (MIN_WEIGHT <= weight <= 1 / MIN_WEIGHT):
+            raise ConfigError(
+                name, f"the weight of {path} is {weight:g}", "weights are numbers from 1e-9 to 1e9"
+            )
+        if path in [s.path for s in out]:
+            raise ConfigError(name, f"{path} stands there twice", "give it once, with the sum of the weights")
         out.append(WeightedPath(path, weight))
     return out
 
@@ -41,11 +45,17 @@ def _path_and_weight(item: str, name: str) -> tuple[Path, float]:
     path, colon, last = item.rpartition(":")
     try: weight = float(last) if path else None
     except ValueError: weight = None
-    if weight is None and colon and not last: raise ConfigError(name, f"nothing stands behind the colon of {item}", "write path:weight, or the path alone")
+    if weight is None and colon and not last:
+        raise ConfigError(
+            name, f"nothing stands behind the colon of {item}", "write path:weight, or the path alone"
+        )
     whole = Path(expand_path(item, name))
     if weight is None: return whole, 1.0
     if whole.exists() and not Path(expand_path(path, name)).exists():
-        raise ConfigError(name, f"{item} is a path with a colon, which parts a path from its weight", "rename it, or give a link to it")
+        raise ConfigError(
+            name, f"{item} is a path with a colon, which parts a path from its weight",
+            "rename it, or give a link to it",
+        )
     return Path(expand_path(path, name)), weight
 
 # %% ../../nbs/core/03_paths.ipynb #expand
@@ -55,20 +65,25 @@ def expand_path(text: str, name: str) -> str:
     missing = re.search(r"\$(\w+|\{\w+\})", out)
     if (missing or out.startswith("~")) and not os.path.exists(out):
         what = missing[0] if missing else out.partition("/")[0]
-        raise ConfigError(name, f"{what} in {text} stands for nothing here", "set it in the environment, or write the path out")
+        raise ConfigError(
+            name, f"{what} in {text} stands for nothing here",
+            "set it in the environment, or write the path out",
+        )
     return out
 
 # %% ../../nbs/core/03_paths.ipynb #data-files
 def is_data_file(path: Path, folder: Path) -> bool:
-    "Whether a file below `folder` may be data: not hidden, in no hidden folder such as .ipynb_checkpoints, no README."
+    "Whether a file below `folder` may be data: not hidden, in no hidden folder, no README."
     parts = path.relative_to(folder).parts
     return not any(p.startswith(".") for p in parts) and not parts[-1].lower().startswith("readme")
 
 
 def jsonl_files(path: Path) -> list[Path]:
-    "The `.jsonl` files of a source, sorted by path: the file itself, or all data files of that name below a folder."
+    "The `.jsonl` files of a source: the file itself, or all data files of that name below a folder, sorted."
     if not path.is_dir(): return [path]
-    return sorted(p for p in path.rglob("*") if p.suffix.lower() == ".jsonl" and p.is_file() and is_data_file(p, path))
+    return sorted(
+        p for p in path.rglob("*") if p.suffix.lower() == ".jsonl" and p.is_file() and is_data_file(p, path)
+    )
 
 # %% ../../nbs/core/03_paths.ipynb #why-not-jsonl
 OTHER_SUFFIXES = (
@@ -81,7 +96,8 @@ def why_not_jsonl(path: Path) -> str:
     target = path.with_suffix(".jsonl") if path.suffix else f"{path}.jsonl"
     line = f"mistral-nb convert {path} {target} makes one"
     if path.is_dir(): return "" if jsonl_files(path) else f"no .jsonl file in the folder {path}: {line}"
-    if not path.is_file(): return f"{path} is no file that can be read more than once: save what comes from it"
+    if not path.is_file():
+        return f"{path} is no file that can be read more than once: save what comes from it"
     if path.suffix.lower() not in OTHER_SUFFIXES: return ""
     if path.suffix.lower() in (".json", ".txt", ".md"):  # JSON lines under another name
         with open(path, "rb") as f: first = f.readline()
@@ -106,7 +122,7 @@ def split_by_name(path: Path, folder: Path) -> str:
 
 # %% ../../nbs/core/03_paths.ipynb #folder-notes
 def folder_notes(path: Path) -> list[str]:
-    "What training does with the files of a folder that nobody might expect: those that it does not read, and test sets."
+    "What nobody might expect of a folder: files that training does not read, and test sets that it does."
     if not path.is_dir(): return []
     read, notes = jsonl_files(path), []
     files = [p for p in sorted(path.rglob("*")) if p.is_file()]

@@ -57,7 +57,7 @@ class LoraArgs:
     rank: int = 16
     dropout: float = 0.0
     scaling: float = 2.0  # the adapter's output is multiplied by this
-    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))  # matrices of a block that get an adapter
+    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))  # matrices that get an adapter
     rslora: bool = False  # multiply scaling by √rank, so that a larger rank does not learn more slowly
     dora: bool = False  # also learn the length of each row
     init: str = "zero"  # zero: start as the base; pissa: start from the base's largest directions
@@ -71,7 +71,7 @@ class OptimArgs:
     lr: float = 1e-4  # the peak
     weight_decay: float = 0.1
     pct_start: float = 0.05  # share of the steps that warm up
-    cycle_momentum: bool = False  # cycle beta1 between 0.85 and 0.95, as mistral-finetune does without saying so
+    cycle_momentum: bool = False  # cycle beta1 from 0.95 to 0.85 and back, as mistral-finetune does
 
 
 @dataclass
@@ -114,21 +114,21 @@ class TrainArgs:
     no_ckpt: bool = False
     num_ckpt_keep: Optional[int] = 3  # older checkpoints are deleted; null keeps all
     save_adapters: bool = True  # false writes the model with the adapter merged in
-    checkpoint: Union[bool, int, str] = "auto"  # layers recomputed: true, false, a number, or auto as memory asks
+    checkpoint: Union[bool, int, str] = "auto"  # layers recomputed: true, false, a number, auto
     world_size: Optional[int] = None  # number of processes, checked against torchrun's when given
     wandb: WandbArgs = field(default_factory=WandbArgs)
     mlflow: MLFlowArgs = field(default_factory=MLFlowArgs)
     packing: str = "best_fit"  # best_fit: no sample is cut; mistral: mistral-finetune's order, to the token
-    loss_average: str = "tokens"  # tokens: each counts the same; microbatches: mean of means, as mistral-finetune
+    loss_average: str = "tokens"  # over tokens, or a mean of microbatches' means as there
     dtype: str = "auto"  # of the frozen weights: auto, bfloat16, float16 or float32
     quantize: str = "none"  # storage of the frozen matrices: none, nf4, int8 or fp8
     memory_gib: Optional[float] = None  # memory to plan with on each device; null is what is free
     device: str = "auto"  # auto, cpu, cuda
-    placement: str = "auto"  # replicate: the model on each device; hybrid, shard: divided; auto: the first that fits
+    placement: str = "auto"  # of the model: replicate, hybrid, shard; auto: the first that fits
     skip_not_finite: int = 0  # steps that may be left out because their loss is not finite
     threads: Optional[int] = None  # that compute on a CPU; null: as many as there are cores for this process
     on_tracking_error: str = "warn"  # MLflow or W&B that fails; warn: go on without it, stop: save and end
-    timeout_minutes: float = 30.0  # a step that takes longer ends the run with the traceback of the rank that hangs
+    timeout_minutes: float = 30.0  # a step that takes longer ends the run, with the traceback of who hangs
     tensorboard: bool = False  # also write TensorBoard events
     resume: bool = False  # go on from the newest checkpoint in run_dir
 
@@ -138,12 +138,9 @@ class TrainArgs:
 
 # %% ../../nbs/core/04_settings.ipynb #hints
 CHOICES = dict(
-    packing=("best_fit", "mistral"),
-    loss_average=("tokens", "microbatches"),
-    dtype=("auto", "bfloat16", "float16", "float32"),
-    quantize=("none", "nf4", "int8", "fp8"),
-    placement=("auto", "replicate", "shard", "hybrid"),
-    on_tracking_error=("warn", "stop"),
+    packing=("best_fit", "mistral"), loss_average=("tokens", "microbatches"),
+    dtype=("auto", "bfloat16", "float16", "float32"), quantize=("none", "nf4", "int8", "fp8"),
+    placement=("auto", "replicate", "shard", "hybrid"), on_tracking_error=("warn", "stop"),
 )
 CHOICE_ALIASES = {
     "quantize": {
@@ -171,7 +168,8 @@ def choice_hint(key: str, value: Any) -> str:
     choices, word = CHOICES[key], plain_word(value)
     near = CHOICE_ALIASES.get(key, {}).get(word)
     near = near or next(iter(difflib.get_close_matches(word[:40], choices, 1, 0.6)), None)
-    if near and isinstance(value, str | int | float) and not is_outlandish(value): return f"write {key}: {near}"
+    if near and isinstance(value, str | int | float) and not is_outlandish(value):
+        return f"write {key}: {near}"
     return "one of " + ", ".join(choices)
 
 # %% ../../nbs/core/04_settings.ipynb #sizes
@@ -219,7 +217,9 @@ def check_numbers(args: TrainArgs) -> None:
     for name in NOT_NEGATIVE:
         value = getattr(args, name)
         require(value >= 0, name, f"{value} is negative")
-    require(args.memory_gib is None or args.memory_gib > 0, "memory_gib", f"{args.memory_gib} is not positive")
+    require(
+        args.memory_gib is None or args.memory_gib > 0, "memory_gib", f"{args.memory_gib} is not positive"
+    )
     few = args.threads is not None and args.threads < 1
     require(not few, "threads", f"{args.threads} compute nothing", "null takes as many as there are")
     none = args.num_ckpt_keep is not None and args.num_ckpt_keep < 1
@@ -250,7 +250,9 @@ def check_lora(args: TrainArgs) -> None:
     if lora.enable: require(lora.scaling > 0, "lora.scaling", f"{lora.scaling} is not positive")
     for name, allowed in LORA_CHOICES.items():
         for value in getattr(lora, name):
-            require(value in allowed, f"lora.{name}", f"there is no {value!r}", "some of " + ", ".join(allowed))
+            require(
+                value in allowed, f"lora.{name}", f"there is no {value!r}", "some of " + ", ".join(allowed)
+            )
         setattr(lora, name, list(dict.fromkeys(getattr(lora, name))))
     require(lora.targets, "lora.targets", "is empty", "lora.enable: false trains the whole model")
     require(0 <= lora.dropout < 1, "lora.dropout", f"{lora.dropout} is not in [0, 1)")
@@ -300,7 +302,9 @@ def check_data(args: TrainArgs) -> None:
     parse_sources(data.eval_instruct_data, "data.eval_instruct_data")
     for source in texts:
         twice = source.path in [c.path for c in chats]
-        require(not twice, "data", f"{source.path} stands in data and in instruct_data", "it can be one of them")
+        require(
+            not twice, "data", f"{source.path} stands in data and in instruct_data", "it can be one of them"
+        )
 
 # %% ../../nbs/core/04_settings.ipynb #uri
 _SECRET = re.compile(r"(?:^|[&;?])[^=&;]*(?:token|key|secret|passw|credential|auth|sig)[^=&;]*=[^&;]", re.I)
@@ -309,7 +313,8 @@ _SECRET = re.compile(r"(?:^|[&;?])[^=&;]*(?:token|key|secret|passw|credential|au
 def check_uri(uri: str) -> None:
     "`ConfigError` for an address that holds a user, a password or a token."
     place, *query = re.split("[?#]", uri.partition("://")[2])
-    way_out = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment"
+    names = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN,"
+    way_out = f"set {names} in the environment"
     person = "@" in place.partition("/")[0]
     require(not person, "mlflow.tracking_uri", "holds a password or user", way_out)
     token = _SECRET.search("&".join(query))
@@ -318,7 +323,10 @@ def check_uri(uri: str) -> None:
 # %% ../../nbs/core/04_settings.ipynb #check
 def check_settings(args: TrainArgs) -> TrainArgs:
     "`args` itself, with paths written out, if its settings fit together; else a `ConfigError`."
-    require(args.model_id_or_path, "model_id_or_path", "is missing", "give the folder with params.json and the weights")
+    require(
+        args.model_id_or_path, "model_id_or_path", "is missing",
+        "give the folder with params.json and the weights",
+    )
     require(args.run_dir, "run_dir", "is missing", "give a folder for checkpoints and metrics")
     for name in ("model_id_or_path", "run_dir"): setattr(args, name, expand_path(getattr(args, name), name))
     if args.data.cache: args.data.cache = expand_path(args.data.cache, "data.cache")
@@ -337,7 +345,7 @@ SOURCES = ("data", "instruct_data", "eval_instruct_data")
 
 
 def check_paths(args: TrainArgs) -> TrainArgs:
-    "`args` itself if the model folder and every source exist, else a `ConfigError`; warns of files that are not read."
+    "`args` itself if its folders and sources exist, else `ConfigError`; warns of files that are not read."
     model = Path(args.model_id_or_path)
     hint = "download the model first; the folder has params.json, the weights and the tokenizer"
     require(model.is_dir(), "model_id_or_path", f"{model} is not a folder", hint)
@@ -365,7 +373,7 @@ def _why_missing(text: str) -> str:
 
 # %% ../../nbs/core/04_settings.ipynb #check-overlap
 def check_overlap(args: TrainArgs) -> None:
-    "`ConfigError` if rows of a source are those of another one too; a warning if rows of the evaluation are trained."
+    "`ConfigError` if rows of a source are those of another too; a warning if held-out rows are trained."
     train = [(f"data.{k}", p.resolve()) for k in SOURCES[:2] for p in source_paths(args, k)]
     held_out = [(f"data.{SOURCES[2]}", p.resolve()) for p in source_paths(args, SOURCES[2])]
     for group in (train, held_out):
@@ -407,7 +415,9 @@ def non_defaults(args: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
 
 def settings_table(args: TrainArgs) -> Table:
     "What differs from the defaults, as a table."
-    rows = [(name, value, "" if default in (None, "") else default) for name, value, default in non_defaults(args)]
+    rows = [
+        (name, value, "" if default in (None, "") else default) for name, value, default in non_defaults(args)
+    ]
     return Table(["setting", "value", "default"], rows, title="Settings that differ from the defaults")
 
 

@@ -22,7 +22,8 @@ from ..core.display import safe_text
 FAILURE_HINTS = {
     r"SIGKILL": "killed from outside, most often by the system because memory ran out: "
     "see `dmesg`, and plan with less by memory_gib",
-    r"SIGSEGV|SIGABRT|SIGBUS": "it fell in native code: try nproc_per_node=1 with CUDA_LAUNCH_BLOCKING=1 in the environment",
+    r"SIGSEGV|SIGABRT|SIGBUS": "it fell in native code: "
+    "try nproc_per_node=1 with CUDA_LAUNCH_BLOCKING=1 in the environment",
     r"address already in use|EADDRINUSE": "another job has the port: is an older one still running?",
     r"No module named": "the new processes cannot import it: is the package installed, "
     "or only on this notebook's sys.path?",
@@ -40,7 +41,9 @@ class Failure:
     @property
     def hint(self) -> str:
         "What to try"
-        return next((hint for pattern, hint in FAILURE_HINTS.items() if re.search(pattern, self.error, re.I)), "")
+        return next(
+            (hint for pattern, hint in FAILURE_HINTS.items() if re.search(pattern, self.error, re.I)), ""
+        )
 
     def __str__(self) -> str:
         who = "" if self.rank is None else f"rank {self.rank}: "
@@ -50,7 +53,7 @@ class Failure:
 
 
 class JobFailedError(RuntimeError):
-    "A job that ended by itself before it was done; a notebook shows what went wrong, not where that was noticed."
+    "A job that ended by itself before it was done; a notebook shows what went wrong, and no traceback."
 
     def __init__(self, what: str, failure: Failure | None = None):
         self.failure = failure
@@ -63,7 +66,7 @@ MAX_LOG_BYTES = 1 << 20  # that are read of the end of a log
 
 
 def last_bytes(path: Path, lines: int | None = None) -> bytes:
-    "The end of a file, with at least its last `lines` lines if its last `MAX_LOG_BYTES` hold them; all of it with None."
+    "The end of a file: at least its last `lines`, as far as `MAX_LOG_BYTES` hold them; all of it with None."
     if not path.is_file(): return b""
     if lines is None: return path.read_bytes()
     with open(path, "rb") as f:
@@ -77,7 +80,7 @@ def last_bytes(path: Path, lines: int | None = None) -> bytes:
 
 
 def screen_text(path: Path, lines: int | None = None) -> str:
-    "What a process printed, as its last state on a screen: no orders to a terminal, progress bars as they ended."
+    "What a process printed, as a screen shows it in the end: no orders to a terminal, no overwritten lines."
     text = last_bytes(path, lines).decode(errors="replace")
     kept = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
     return safe_text("\n".join(kept[-lines - 1 :] if lines else kept))

@@ -97,7 +97,9 @@ def raise_failure(facts: JobFolder) -> NoReturn:
     can_go_on = newest and "ConfigError" not in str(failure)
     going = f"\n  launch(..., resume=True) goes on from {newest.name}" if can_go_on else ""
     cause = failure or "it was killed, and nobody wrote down why"
-    raise JobFailedError(f"the job ended{after}: {cause}\n  all that it printed: {facts.folder}{going}", failure)
+    raise JobFailedError(
+        f"the job ended{after}: {cause}\n  all that it printed: {facts.folder}{going}", failure
+    )
 
 # %% ../../nbs/notebook/83_job.ipynb #logs
 class PlainText(str):
@@ -160,7 +162,10 @@ class Job:
     def wait(self) -> History: return wait_for(self)
     def stop(self, patience: float = 120.0) -> "Job": return stop_job(self, patience)
     def kill(self) -> "Job": return kill_job(self)
-    def logs(self, rank: int = 0, lines: int | None = 100) -> PlainText: return read_log(self.folder, rank, lines)
+
+    def logs(self, rank: int = 0, lines: int | None = 100) -> PlainText:
+        return read_log(self.folder, rank, lines)
+
     def __repr__(self) -> str: return describe_job(self)
     def _repr_html_(self) -> str: return f"<code>{escape(repr(self))}</code>"
 
@@ -189,7 +194,10 @@ def follow_job(job: Job) -> Iterator[StepLog]:
                 if asked.why and not told:
                     told = True
                     ask_to_stop(job)
-                    print(f"{asked.why}: the job stops after this step and saves; once more leaves it alone", flush=True)
+                    print(
+                        f"{asked.why}: the job stops after this step and saves; once more leaves it alone",
+                        flush=True,
+                    )
                 if not alive: break
                 time.sleep(0.1)
         finally: records.close()
@@ -201,7 +209,7 @@ def follow_job(job: Job) -> Iterator[StepLog]:
 
 
 def wait_for(job: Job) -> History:
-    "Follow a job with a progress bar; returns its records, or raises `JobFailedError`, or `Interrupted` after ■."
+    "Follow a job with a progress bar; returns its records, or raises `JobFailedError` or `Interrupted`."
     history, total = History(), job.job["max_steps"]
 
     def kept() -> Iterator[StepLog]:
@@ -227,7 +235,9 @@ def result_of(job: Job) -> Path:
 def ask_to_stop(job: Job) -> None:
     "Leave the file that asks a job to save and stop."
     if job.run_dir.is_dir(): return stop_file(job.run_dir).touch()
-    raise JobFailedError(f"{job.run_dir} is gone, so the job cannot be asked to save and stop: kill() ends it")
+    raise JobFailedError(
+        f"{job.run_dir} is gone, so the job cannot be asked to save and stop: kill() ends it"
+    )
 
 
 def wait_until_ended(job: Job, seconds: float) -> bool:
@@ -238,14 +248,15 @@ def wait_until_ended(job: Job, seconds: float) -> bool:
 
 
 def stop_job(job: Job, patience: float = 120.0) -> Job:
-    "Have a job save and end, at the latest `patience` seconds from now, and a little more if it must be killed."
+    "Have a job save and end, at the latest `patience` seconds from now; a job that does not is killed."
     if not job.alive: return job
     ask_to_stop(job)
     if not job.pid: return job  # on other machines: the file will do it
     if not wait_until_ended(job, patience):
         grace = min(30.0, patience)
-        said = f"the job has not stopped within {patience:.0f} s; it gets SIGTERM, and is killed {grace:.0f} s later"
-        warnings.warn(f"{said}: the last checkpoint is {job.checkpoint}", stacklevel=3)
+        said = f"the job has not stopped within {patience:.0f} s"
+        then = f"it gets SIGTERM, and is killed {grace:.0f} s later"
+        warnings.warn(f"{said}; {then}: the last checkpoint is {job.checkpoint}", stacklevel=3)
         send_signal(processes_of(job)[:1], signal.SIGTERM)  # the shell passes it on
         wait_until_ended(job, grace)
         kill_job(job)

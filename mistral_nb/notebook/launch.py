@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOT_FOR_CHILDREN', 'HELD_GIB', 'SHELL_WAIT', 'SHELL_SCRIPT', 'child_env', 'free_gpus', 'n_processes',
-           'torchrun_options', 'prepare_job_folder', 'launch', 'MultiNodeJob']
+           'check_not_running', 'prepare_job_folder', 'start_under_shell', 'torchrun_options', 'MultiNodeJob',
+           'slurm_script', 'launch']
 
 # %% ../../nbs/notebook/84_launch.ipynb #imports
 import gc
@@ -15,15 +16,16 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..core.config import ConfigError
+from ..core.config import require
 from ..core.display import escape
 from ..core.files import write_atomic
-from ..core.settings import check_paths, load_args, save_args, TrainArgs
+from ..core.settings import TrainArgs, check_paths, load_args, save_args
 from .failure import JobFailedError
 from .job import Job, PlainText, write_job
 from ..train.metrics import JsonLines
@@ -32,18 +34,27 @@ from ..train.run_dir import check_run_dir_free, is_locked, newest_checkpoint, ru
 from ..train.stop import LAUNCHED_ENV, OWNER_ENV, process_id, stop_file
 
 # %% ../../nbs/notebook/84_launch.ipynb #launch
-NOT_FOR_CHILDREN = re.compile(r"^(MPLBACKEND|JPY_.*|JUPYTER_.*|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_RANK|ROLE_.*|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|FORCE_COLOR|CLICOLOR.*|PAGER|IN_TEST)$")
-HELD_GIB = 0.25  # GiB on a GPU that are worth a word
+NOT_FOR_CHILDREN = re.compile(
+    r"^(MPLBACKEND|JPY_.*|JUPYTER_.*|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_RANK|ROLE_.*"
+    r"|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|FORCE_COLOR|CLICOLOR.*|PAGER|IN_TEST)$"
+)
 
 
 def child_env(nproc: int, detach: bool) -> dict[str, str]:
-    "The environment of a job."
+    "The environment of a job: this package, threads for each process, and who owns it."
     env = {k: v for k, v in os.environ.items() if not NOT_FOR_CHILDREN.match(k)}
-    env |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))}
+    env["PYTHONUNBUFFERED"] = "1"
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     home = str(Path(__file__).resolve().parents[2]) if "__file__" in globals() else ""
-    if home and "site-packages" not in home: env["PYTHONPATH"] = os.pathsep.join(filter(None, [home, env.get("PYTHONPATH")]))
+    if home and "site-packages" not in home:
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [home, env.get("PYTHONPATH")]))
+    env[LAUNCHED_ENV] = "1"
     env.pop(OWNER_ENV, None)
-    return env | {LAUNCHED_ENV: "1"} | ({} if detach else {OWNER_ENV: process_id(os.getpid()) or ""})
+    if not detach: env[OWNER_ENV] = process_id(os.getpid()) or ""
+    return env
+
+# %% ../../nbs/notebook/84_launch.ipynb #gpus
+HELD_GIB = 0.25  # on a GPU, that are worth a word
 
 
 def free_gpus() -> None:
@@ -53,32 +64,41 @@ def free_gpus() -> None:
     torch.cuda.empty_cache()
     for i in range(torch.cuda.device_count()):
         held = torch.cuda.memory_allocated(i) / 2**30
-        if held > HELD_GIB: warnings.warn(f"this kernel holds {held:.1f} GiB on GPU {i}, which the job will miss: del the trainer, model or chat that it belongs to", stacklevel=3)
+        said = f"this kernel holds {held:.1f} GiB on GPU {i}, which the job will miss"
+        if held > HELD_GIB:
+            warnings.warn(f"{said}: del the trainer, model or chat that it belongs to", stacklevel=3)
 
-# %% ../../nbs/notebook/84_launch.ipynb #n-processes
+
 def n_processes(args: TrainArgs, nproc_per_node: int | None) -> int:
     "How many processes to start on a node: one for each GPU, or one; `ConfigError` if there are fewer GPUs."
     gpus = torch.cuda.device_count() if args.device != "cpu" else 0
     if nproc_per_node is None: return max(1, gpus)
-    if gpus and nproc_per_node > gpus: raise ConfigError("nproc_per_node", f"{nproc_per_node} processes want a GPU each, and there are {gpus}", f"nproc_per_node={gpus}, or device=\"cpu\"")
+    problem = f"{nproc_per_node} processes want a GPU each, and there are {gpus}"
+    enough = not gpus or nproc_per_node <= gpus
+    require(enough, "nproc_per_node", problem, f'nproc_per_node={gpus}, or device="cpu"')
     return nproc_per_node
 
-
-def torchrun_options() -> list[str]:
-    "What every job gets: fast notice of an end, and, where torchrun has it, time to save before SIGKILL."
-    from torch.distributed.run import get_args_parser
-    return ["--monitor-interval=0.2"] + ["--shutdown-timeout=120"] * ("--shutdown-timeout" in get_args_parser().format_help())
-
 # %% ../../nbs/notebook/84_launch.ipynb #prepare-job-folder
+def check_not_running(run_dir: str | Path) -> None:
+    "`ConfigError` if a job, or a trainer, is at work in run_dir."
+    launched = (Path(run_dir) / "launch/job.json").exists()
+    running = is_locked(run_dir) or launched and Job(run_dir).state == "running"
+    hint = f"attach({str(run_dir)!r}) follows it"
+    require(not running, "run_dir", f"a job is already running in {run_dir}", hint)
+
+
 def prepare_job_folder(args: TrainArgs, world_size: int) -> Path:
-    "The folder of a new job, with its config.yaml; `ConfigError` if a job is there, or the run cannot be gone on with."
+    "The folder of a new job, with its config.yaml; `ConfigError` if a job is there, or the run cannot go on."
     folder = Path(args.run_dir) / "launch"
-    mark = run_marker(args.run_dir)
-    if is_locked(args.run_dir) or (folder / "job.json").exists() and Job(args.run_dir).state == "running": raise ConfigError("run_dir", f"a job is already running in {args.run_dir}", f"attach({str(args.run_dir)!r}) follows it")
+    holds_run = run_marker(args.run_dir)
+    check_not_running(args.run_dir)
     if not args.resume: check_run_dir_free(args.run_dir)
-    newest = newest_checkpoint(args.run_dir) if mark else None
-    if newest: check_resumable(args, newest, world_size)
-    if mark: JsonLines(args.run_dir, step_of(newest) if newest else 0).close()  # without those of steps that will be done again
+    if holds_run:
+        newest = newest_checkpoint(args.run_dir)
+        if newest: check_resumable(args, newest, world_size)
+        JsonLines(
+            args.run_dir, step_of(newest) if newest else 0
+        ).close()  # without steps that will be done again
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     save_args(args, folder / "config.yaml")
@@ -86,11 +106,105 @@ def prepare_job_folder(args: TrainArgs, world_size: int) -> Path:
     return folder
 
 # %% ../../nbs/notebook/84_launch.ipynb #launch-code
-SHELL_WAIT = "wait $job; code=$?; while kill -0 $job 2>/dev/null; do wait $job; code=$?; done"  # in a shell: a signal ends a wait, but not the job
-# passes signals on to torchrun, and keeps its exit code
-SHELL_SCRIPT = f'exit_file=$1; shift; "$@" & job=$!; trap "kill -TERM $job" TERM INT HUP; {SHELL_WAIT}; echo $code > "$exit_file.part"; mv "$exit_file.part" "$exit_file"'
+SHELL_WAIT = "wait $job; code=$?; while kill -0 $job 2>/dev/null; do wait $job; code=$?; done"
+SHELL_SCRIPT = (
+    'exit_file=$1; shift; "$@" & job=$!; trap "kill -TERM $job" TERM INT HUP; '
+    f'{SHELL_WAIT}; echo $code > "$exit_file.part"; mv "$exit_file.part" "$exit_file"'
+)
 
 
+def start_under_shell(command: list[str], folder: Path, env: dict[str, str]) -> subprocess.Popen:
+    "Start a command in a session of its own; its output goes to torchrun.log, its exit code to `exit`."
+    shell = ["sh", "-c", SHELL_SCRIPT, "sh", str(folder / "exit"), *command]
+    with open(folder / "torchrun.log", "wb") as log:
+        return subprocess.Popen(
+            shell, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def torchrun_options(folder: Path, nproc_per_node: int, max_restarts: int) -> list[str]:
+    "What every job gets: logs, fast notice of an end, and, where torchrun has it, time to save."
+    from torch.distributed.run import get_args_parser
+    options = [
+        f"--nproc-per-node={nproc_per_node}", f"--max-restarts={max_restarts}", "--monitor-interval=0.2",
+    ]
+    if "--shutdown-timeout" in get_args_parser().format_help(): options.append("--shutdown-timeout=120")
+    return [*options, f"--log-dir={folder / 'logs'}", "--redirects=3"]
+
+# %% ../../nbs/notebook/84_launch.ipynb #nodes
+@dataclass
+class MultiNodeJob:
+    "What each of several nodes must run for one job."
+    run_dir: Path
+    nnodes: int
+    nproc_per_node: int
+    endpoint: str | None  # `host:port` where they meet
+    options: list[str]  # of torchrun
+    train: list[str]  # what torchrun starts
+
+    def command(self, endpoint: str, shell_endpoint: bool = False) -> str:
+        "torchrun as every node starts it; a `shell_endpoint` is left to the shell"
+        meet = f"--rdzv-endpoint={endpoint}"
+        words = [
+            f"--nnodes={self.nnodes}", *self.options, "--rdzv-backend=c10d",
+            f"--rdzv-id={self.run_dir.name}",
+        ]
+        program = Path(sys.executable).with_name("torchrun")  # of this environment, which the nodes share
+        start = [str(program)] if program.exists() else [sys.executable, "-m", "torch.distributed.run"]
+        where = meet if shell_endpoint else shlex.quote(meet)
+        return (
+            f"cd {shlex.quote(os.getcwd())} && {shlex.join(start + words)} {where} {shlex.join(self.train)}"
+        )
+
+    def __str__(self) -> str:
+        lines = [f"# on each of the {self.nnodes} nodes, started within a few minutes of each other:"]
+        hint = "put the name of one node, which the others can reach, for FIRST_NODE; or give launch an endpoint"
+        if not self.endpoint: lines.append(f"# {hint}")
+        lines.append(self.command(self.endpoint or "FIRST_NODE:29500"))
+        return "\n".join([*lines, f"# then, from a notebook: attach({str(self.run_dir)!r})"])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str: return f"<pre>{escape(str(self)).replace('↵', '')}</pre>"
+
+    def sbatch(self, time: str = "24:00:00", **options: str | int) -> PlainText:
+        "A Slurm script; `options` are sbatch's, with _ for -: `partition=\"gpu\"`, `gpus_per_node=8`"
+        return slurm_script(self, time, {k.replace("_", "-"): v for k, v in options.items()})
+
+    def submit(self, **options: Any) -> str:
+        "Write the script into the run's folder and hand it to `sbatch`; returns what that said"
+        hint = "print(nodes) shows what to run without Slurm"
+        require(shutil.which("sbatch"), "nnodes", "there is no sbatch on this machine", hint)
+        file = self.run_dir / "launch/job.sbatch"
+        write_atomic(file, self.sbatch(**options))
+        done = subprocess.run(["sbatch", str(file)], capture_output=True, text=True)
+        if done.returncode == 0: return done.stdout.strip()
+        raise JobFailedError(f"sbatch refused {file}: {done.stderr.strip() or done.stdout.strip()}")
+
+
+def slurm_script(job: MultiNodeJob, time: str, options: dict[str, str | int]) -> PlainText:
+    "The script of a job for `sbatch`; five minutes before its time is up the job saves and ends."
+    folder = job.run_dir / "launch"
+    asked = {
+        "job-name": job.run_dir.name, "nodes": job.nnodes, "ntasks-per-node": 1,
+        "gpus-per-node": job.nproc_per_node, "time": time, "output": folder / "slurm.log",
+        "signal": "B:TERM@300",
+    } | options
+    exit_file, stop = shlex.quote(str(folder / "exit")), shlex.quote(str(stop_file(job.run_dir)))
+    lines = [
+        "#!/bin/bash",
+        *(f"#SBATCH --{k}={v}" for k, v in asked.items()),
+        f"rm -f {exit_file} {stop}",
+        f"trap 'touch {stop}' TERM  # five minutes before the time is up: save and end",
+        'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        f"srun bash -c {shlex.quote(job.command('$1:29500', True))} node \"$first\" &",
+        f"job=$!; {SHELL_WAIT}",
+        f"echo $code > {exit_file}",
+    ]
+    return PlainText("\n".join(lines) + "\n")
+
+# %% ../../nbs/notebook/84_launch.ipynb #launch-one
 def launch(
     source: str | Path | dict | TrainArgs | None = None,  # settings, as for Trainer
     *overrides: str,  # `a.b=c`
@@ -100,71 +214,29 @@ def launch(
     max_restarts: int = 0,  # how often a job that fails goes on from its newest checkpoint by itself
     detach: bool = False,  # go on when this kernel ends
     **values: Any,  # settings by name
-) -> "Job | MultiNodeJob":
-    "Start a run under torchrun and return at once; `ConfigError` before anything starts if the settings cannot be used."
+) -> Job | MultiNodeJob:
+    "Start a run under torchrun and return at once; `ConfigError` before that if the settings cannot be used."
     args = check_paths(load_args(source, *overrides, **values))
-    for name, value, least in (("nnodes", nnodes, 1), ("nproc_per_node", nproc_per_node or 1, 1), ("max_restarts", max_restarts, 0)):
-        if value < least: raise ConfigError(name, f"{value} is less than {least}")
-    n = n_processes(args, nproc_per_node) if nnodes == 1 else nproc_per_node or 8
-    if args.world_size not in (None, n * nnodes): raise ConfigError("world_size", f"{args.world_size} is set and {n * nnodes} processes would run", "leave it out")
-    folder = prepare_job_folder(args, n * nnodes)
-    job = dict(nproc_per_node=n, nnodes=nnodes, max_steps=args.max_steps, detached=detach)
-    options = [f"--nproc-per-node={n}", f"--max-restarts={max_restarts}", *torchrun_options(), f"--log-dir={folder / 'logs'}", "--redirects=3"]
+    for name, value in (
+        ("nnodes", nnodes), ("nproc_per_node", 1 if nproc_per_node is None else nproc_per_node),
+    ):
+        require(value >= 1, name, f"{value} is less than 1")
+    require(max_restarts >= 0, "max_restarts", f"{max_restarts} is less than 0")
+    each = n_processes(args, nproc_per_node) if nnodes == 1 else nproc_per_node or 8
+    world_size = each * nnodes
+    fits = args.world_size in (None, world_size)
+    require(
+        fits, "world_size", f"{args.world_size} is set and {world_size} processes would run", "leave it out"
+    )
+    folder = prepare_job_folder(args, world_size)
+    job = dict(nproc_per_node=each, nnodes=nnodes, max_steps=args.max_steps, detached=detach)
+    options = torchrun_options(folder, each, max_restarts)
     train = ["-m", "mistral_nb.train", str(folder.resolve() / "config.yaml")]
     if nnodes > 1:
         write_job(folder, process=None, **job)
-        return MultiNodeJob(folder.parent, nnodes, n, endpoint, options, train)
+        return MultiNodeJob(folder.parent.resolve(), nnodes, each, endpoint, options, train)
     free_gpus()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, *train]
-    with open(folder / "torchrun.log", "wb") as log:
-        process = subprocess.Popen(["sh", "-c", SHELL_SCRIPT, "sh", str(folder / "exit"), *command], env=child_env(n, detach), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    process = start_under_shell(command, folder, child_env(each, detach))
     write_job(folder, process=process_id(process.pid), command=shlex.join(command), **job)
     return Job(folder.parent, process)
-
-# %% ../../nbs/notebook/84_launch.ipynb #nodes
-class MultiNodeJob:
-    "What each of several nodes must run for one job."
-
-    def __init__(self, run_dir: Path, nnodes: int, nproc_per_node: int, endpoint: str | None, options: list[str], train: list[str]):
-        self.run_dir, self.nnodes, self.nproc_per_node, self.endpoint, self.options, self.train = Path(run_dir).resolve(), nnodes, nproc_per_node, endpoint, options, train
-
-    def command(self, endpoint: str, shell_endpoint: bool = False) -> str:
-        "torchrun as every node starts it"
-        meet = f"--rdzv-endpoint={endpoint}" if shell_endpoint else shlex.quote(f"--rdzv-endpoint={endpoint}")
-        words = [f"--nnodes={self.nnodes}", *self.options, "--rdzv-backend=c10d", f"--rdzv-id={self.run_dir.name}"]
-        program = Path(sys.executable).with_name("torchrun")  # of this environment, which the nodes share
-        start = shlex.quote(str(program)) if program.exists() else f"{shlex.quote(sys.executable)} -m torch.distributed.run"
-        return f"cd {shlex.quote(os.getcwd())} && {start} {shlex.join(words)} {meet} {shlex.join(self.train)}"
-
-    def __str__(self) -> str:
-        lines = [f"# on each of the {self.nnodes} nodes, started within a few minutes of each other:", self.command(self.endpoint or "FIRST_NODE:29500")]
-        if not self.endpoint: lines.insert(1, "# put the name of one node, which the others can reach, for FIRST_NODE; or give launch an endpoint")
-        return "\n".join([*lines, f"# then, from a notebook: attach({str(self.run_dir)!r})"])
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str: return f"<pre>{escape(str(self)).replace('↵', '')}</pre>"
-
-    def sbatch(self, time: str = "24:00:00", **options: str | int) -> PlainText:
-        "A Slurm script; `options` are sbatch's, with _ for -: `partition=\"gpu\"`, `gpus_per_node=8`"
-        asked = {"job-name": self.run_dir.name, "nodes": self.nnodes, "ntasks-per-node": 1, "gpus-per-node": self.nproc_per_node, "time": time, "output": self.run_dir / "launch/slurm.log", "signal": "B:TERM@300"} | {k.replace("_", "-"): v for k, v in options.items()}
-        exit_file, stop = (shlex.quote(str(p)) for p in (self.run_dir / "launch/exit", stop_file(self.run_dir)))
-        return PlainText("\n".join([
-            "#!/bin/bash",
-            *(f"#SBATCH --{k}={v}" for k, v in asked.items()),
-            f"rm -f {exit_file} {stop}",
-            f"trap 'touch {stop}' TERM  # five minutes before the time is up: save and end",
-            "first=$(scontrol show hostnames \"$SLURM_JOB_NODELIST\" | head -n 1)",
-            f"srun bash -c {shlex.quote(self.command('$1:29500', True))} node \"$first\" &",
-            f"job=$!; {SHELL_WAIT}",
-            f"echo $code > {exit_file}",
-        ]) + "\n")
-
-    def submit(self, **options: Any) -> str:
-        "Write the script into the run's folder and hand it to `sbatch`; returns what that said"
-        if not shutil.which("sbatch"): raise ConfigError("nnodes", "there is no sbatch on this machine", "print(nodes) shows what to run without Slurm")
-        file = self.run_dir / "launch" / "job.sbatch"
-        write_atomic(file, self.sbatch(**options))
-        done = subprocess.run(["sbatch", str(file)], capture_output=True, text=True)
-        if done.returncode: raise JobFailedError(f"sbatch refused {file}: {done.stderr.strip() or done.stdout.strip()}")
-        return done.stdout.strip()

@@ -15,7 +15,7 @@ from ..train.metrics import EvalLog, StepLog, parse_records
 
 # %% ../../nbs/notebook/81_records.ipynb #records
 class TailReader:
-    "The complete lines of a growing file, as JSON, each time those that are new; from the start if it is another file."
+    "The complete lines of a growing file, as JSON, each time the new ones; all, if it is another file."
 
     def __init__(self, path: Path):
         self.path, self.file, self.rest = path, None, b""

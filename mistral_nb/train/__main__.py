@@ -26,22 +26,29 @@ def run_training(config: str, overrides: list[str]) -> int:
     try:
         args = load_args(config, *overrides)
         ranks = dist.join_group(choose_device(args.device), args.timeout_minutes)
-        if not ranks.restarted: dist.run_on_main(lambda: begin(args))
+        if not ranks.restarted:
+            dist.run_on_main(lambda: begin(args))
         trainer = Trainer(args)
-        if ranks.main: print(trainer, flush=True)
+        if ranks.main:
+            print(trainer, flush=True)
         trainer.fit()
-        if ranks.main: print(outcome(trainer), flush=True)
+        if ranks.main:
+            print(outcome(trainer), flush=True)
     except Interrupted as stop:
-        if ranks.main: print(stop, file=sys.stderr, flush=True)
+        if ranks.main:
+            print(stop, file=sys.stderr, flush=True)
         dist.leave_group()
         return EXIT_CODES.get(stop.why, 0)
     except KeyboardInterrupt:
         said = "Stopped at once; resume=true goes on from the last checkpoint, if there is one."
         print(said, file=sys.stderr, flush=True)
         return 130
-    except Exception as error:  # the group is left as it is: to leave it in order, the others would have to take part
+    except (
+        Exception
+    ) as error:  # the group is left as it is: to leave it in order, the others would have to take part
         said = last_words(error)
-        if said is None: raise
+        if said is None:
+            raise
         print(rank_prefix() + said, file=sys.stderr, flush=True)
         return 1
     dist.leave_group()
@@ -56,7 +63,9 @@ def begin(args: TrainArgs) -> None:
 
 def outcome(trainer: Trainer) -> str:
     "What is said at the end: where every position of the data went, and where the checkpoint is."
-    left_out = f"{trainer.skipped} steps were left out: their loss was not finite\n" if trainer.skipped else ""
+    left_out = (
+        f"{trainer.skipped} steps were left out: their loss was not finite\n" if trainer.skipped else ""
+    )
     done = f"done: {trainer.history.checkpoint or 'no checkpoint was written'}"
     return f"{left_out}{trainer.counts.table()}\n{done}"
 
@@ -71,7 +80,9 @@ def last_words(error: Exception) -> str | None:
 def main(argv: list[str] | None = None) -> int:
     "The command line."
     prepare_terminal()
-    parser = argparse.ArgumentParser(prog="python -m mistral_nb.train", description="Fine-tune as a YAML file says.")
+    parser = argparse.ArgumentParser(
+        prog="python -m mistral_nb.train", description="Fine-tune as a YAML file says."
+    )
     parser.add_argument("config", help="a YAML file, as for mistral-finetune")
     on_top = "settings on top, for example optim.lr=1e-4 resume=true"
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=on_top)

@@ -37,7 +37,9 @@ from .stop import clear_stop_request
 from .tracking import check_wandb
 
 # %% ../../nbs/train/73_build.ipynb #read-data
-def read_data(args: TrainArgs, tokenizer: Tokenizer, ranks: Ranks) -> tuple[list[TokenizedSource], list[TokenizedSource]]:
+def read_data(
+    args: TrainArgs, tokenizer: Tokenizer, ranks: Ranks
+) -> tuple[list[TokenizedSource], list[TokenizedSource]]:
     "Training and evaluation sources as tokens; the first bad line or too small source raises."
     cache, chunk = cache_folder(args.data.cache), args.data.instruct.dynamic_chunk_fn_call
     if args.packing == "mistral": tokenizer = as_finetune(tokenizer)
@@ -56,7 +58,10 @@ def longest_sample(data: list[TokenizedSource], seq_len: int) -> int:
     return max(int(np.minimum(d.samples.length - 1, seq_len).max()) for d in data)
 
 
-def plan_run(args: TrainArgs, base: ModelFolder, data: list[TokenizedSource], dtype: torch.dtype, ranks: Ranks, device: str) -> Plan:
+def plan_run(
+    args: TrainArgs, base: ModelFolder, data: list[TokenizedSource], dtype: torch.dtype, ranks: Ranks,
+    device: str,
+) -> Plan:
     "How memory is used, the same on every rank; a warning if it does not fit."
     free, name = free_memory(device)
     node = ranks.local_world_size
@@ -98,7 +103,7 @@ def build_model(args: TrainArgs, dtype: torch.dtype, device: str, groups: int | 
 
 # %% ../../nbs/train/73_build.ipynb #begin
 def check_begin(args: TrainArgs, ranks: Ranks) -> None:
-    "`ConfigError` for what a run's settings promise and this machine does not hold; a warning for a private adapter."
+    "`ConfigError` for what this machine lacks; a warning for an adapter that only this package loads."
     given = args.world_size in (None, ranks.world_size)
     problem = f"{args.world_size} is set and {ranks.world_size} processes run"
     require(given, "world_size", problem, "leave it out, or start torchrun with as many")
@@ -110,7 +115,7 @@ def check_begin(args: TrainArgs, ranks: Ranks) -> None:
 
 # %% ../../nbs/train/73_build.ipynb #open-session
 def open_session(args: TrainArgs) -> Session:
-    "A run from its settings, in the order in which it can fail early: settings, folders, data, memory, weights."
+    "A run from its settings, in the order in which each can fail early: folders, data, memory, weights."
     load_model_args(args.model_id_or_path)  # says first if this model cannot be trained
     device = choose_device(args.device)
     ranks = dist.join_group(device, args.timeout_minutes)
@@ -129,7 +134,9 @@ def open_session(args: TrainArgs) -> Session:
     dist.broadcast_params(trainable_params(model).values())
     optimizer = adamw(trainable_params(model), args.optim.lr, args.optim.weight_decay, args.lora.lr_ratio)
     scaler = torch.amp.GradScaler(device) if dtype == torch.float16 else None
-    run = Session(args, ranks, device, base, data, eval_data, batches, plan, model, optimizer, scaler, begun=begun)
+    run = Session(
+        args, ranks, device, base, data, eval_data, batches, plan, model, optimizer, scaler, begun=begun
+    )
     if newest: restore(run, newest)
     run.model.recompute = run.plan.recompute
     return run

@@ -57,12 +57,13 @@ def lines_of(run: Session, batches: int) -> str:
 
 # %% ../../nbs/train/74_faults.ipynb #leave-out
 def leave_out(run: Session, error: NotFiniteError) -> float:
-    "Pass over the step whose loss is not finite, with a warning; `FloatingPointError` if no more may be. Returns the loss."
+    "Leave out a step whose loss is not finite, or raise `FloatingPointError`; returns that loss."
     mine = f"rank {run.ranks.rank}, in {lines_of(run, run.args.num_microbatches)}"
     found = dist.all_gather_object((error.here, mine))
     places = [place for here, place in found if here] or [place for _, place in found]
     said = f"step {run.step + 1}: {error}; of " + "; and of ".join(places)
-    if run.skipped >= run.args.skip_not_finite: raise FloatingPointError(said + where_it_stands(run)) from None
+    if run.skipped >= run.args.skip_not_finite:
+        raise FloatingPointError(said + where_it_stands(run)) from None
     run.skipped += 1
     if run.ranks.main:
         most = run.args.skip_not_finite
@@ -75,7 +76,8 @@ def where_it_stands(run: Session) -> str:
     run.writer.join()
     run.history.checkpoint = run.writer.newest or run.history.checkpoint
     before = f"; {run.skipped} steps were left out before" if run.skipped else ""
-    return f"; the weights are those after step {run.step}, the last checkpoint is {run.history.checkpoint}{before}"
+    weights = f"the weights are those after step {run.step}"
+    return f"; {weights}, the last checkpoint is {run.history.checkpoint}{before}"
 
 # %% ../../nbs/train/74_faults.ipynb #explain-memory
 def explain_memory(run: Session, error: torch.OutOfMemoryError) -> torch.OutOfMemoryError:
@@ -86,7 +88,9 @@ def explain_memory(run: Session, error: torch.OutOfMemoryError) -> torch.OutOfMe
     changes += suggest_changes(plan.job, less, plan.micro, plan.recompute)
     said = f"step {run.step + 1}: {str(error).split('. ')[0]}"
     planned = f"planned were {to_gib(plan.memory.total)} of {to_gib(plan.budget)} GiB, {plan.how()}"
-    return torch.OutOfMemoryError(f"{said}; {planned}; what may help: {'; or '.join(changes)}\n{plan.table()}")
+    return torch.OutOfMemoryError(
+        f"{said}; {planned}; what may help: {'; or '.join(changes)}\n{plan.table()}"
+    )
 
 # %% ../../nbs/train/74_faults.ipynb #peers
 PEER_GONE = re.compile(
@@ -123,7 +127,7 @@ EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130}
 
 
 def exit_process(code: int) -> NoReturn:
-    "End this process; under torchrun at once, since threads of the group that still work would abort the usual end."
+    "End this process; under torchrun at once, since threads of the group would abort the usual end."
     if not dist.under_torchrun(): sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -53,7 +53,9 @@ def one_step(run: Session) -> StepLog:
     return measured(run, batches, loss, lr, norm, began)
 
 
-def measured(run: Session, batches: list[Batch], loss: float, lr: float, norm: float, began: float) -> StepLog:
+def measured(
+    run: Session, batches: list[Batch], loss: float, lr: float, norm: float, began: float
+) -> StepLog:
     "The record of the step that began at `began`: tokens of all ranks, speed, what is left."
     counted = [float(sum(len(b.x) - b.padding for b in batches)), float(sum(b.trained for b in batches))]
     tokens, trained = dist.all_reduce_sum(counted, run.device)
@@ -62,7 +64,8 @@ def measured(run: Session, batches: list[Batch], loss: float, lr: float, norm: f
     left = (run.args.max_steps - run.step) * sum(recent) / len(recent)
     memory = peak_memory_gib(run.device)
     return StepLog(
-        run.step, run.args.max_steps, loss, lr, norm, int(tokens), int(trained), seconds, tokens / seconds, left, memory,
+        run.step, run.args.max_steps, loss, lr, norm, int(tokens), int(trained), seconds,
+        tokens / seconds, left, memory,
     )
 
 # %% ../../nbs/train/75_loop.ipynb #evaluate
@@ -70,13 +73,15 @@ def evaluate(run: Session, alive: Callable[[], None] = lambda: None) -> EvalLog:
     "Mean loss over every trained token of eval_instruct_data; `alive` is called after each piece."
     require(run.eval_data, "data.eval_instruct_data", "is missing", "there is nothing to evaluate on")
     began, args, ranks = time.perf_counter(), run.args, run.ranks
-    batches = eval_batches(run.eval_data, args.seq_len, args.batch_size, "best_fit", ranks.rank, ranks.world_size)
+    batches = eval_batches(
+        run.eval_data, args.seq_len, args.batch_size, "best_fit", ranks.rank, ranks.world_size
+    )
     loss, tokens = mean_loss(run.model, batches, run.plan.limit, alive)
     return EvalLog(run.step, loss, perplexity(loss), tokens, time.perf_counter() - began)
 
 # %% ../../nbs/train/75_loop.ipynb #save
 def begin_save(run: Session) -> Path:
-    "Copy what a checkpoint of this moment holds, and write it while training goes on; returns its folder to be."
+    "Copy what a checkpoint of this moment holds, and write it while training goes on; returns its folder."
     args, base = run.args, run.base
     state = {
         "step": run.step, "model": base.digest, "args": to_dict(args), "world_size": run.ranks.world_size,
@@ -88,8 +93,8 @@ def begin_save(run: Session) -> Path:
     if run.ranks.main or run.plan.groups:
         lora = asdict(args.lora) | {"scaling": effective_scaling(args)}
         files = checkpoint_files(
-            run.model, run.optimizer, state, rngs, run.ranks.main, args=base.shape, dtype=base.dtype, lora=lora,
-            adapters_only=args.save_adapters, tokenizer=base.tokenizer_file,
+            run.model, run.optimizer, state, rngs, run.ranks.main, args=base.shape, dtype=base.dtype,
+            lora=lora, adapters_only=args.save_adapters, tokenizer=base.tokenizer_file,
         )
     if run.ranks.main: run.writer.start(args.run_dir, run.step, files, args.num_ckpt_keep)
     return checkpoint_dir(args.run_dir, run.step)
@@ -118,7 +123,9 @@ def save(run: Session) -> Path:
 def opened(run: Session) -> Iterator[tuple[RunLog, StopOnSignal, Watchdog | None]]:
     "A run that is being trained: locked, logged, watched; whatever happens, it is left in order."
     broke_off = f"this trainer ended inside step {run.step + 1}"
-    way_out = "fit(resume=True) goes on from its newest checkpoint, and a new Trainer with resume=True does, too"
+    way_out = (
+        "fit(resume=True) goes on from its newest checkpoint, and a new Trainer with resume=True does, too"
+    )
     if run.inside: raise CheckpointError(f"{broke_off}: {way_out}")
     lock = RunLock(run.args.run_dir)
     dist.run_on_main(lambda: take_folder(run, lock))
@@ -129,7 +136,8 @@ def opened(run: Session) -> Iterator[tuple[RunLog, StopOnSignal, Watchdog | None
         finally:
             last_saved(run)
             log.close()
-            if run.ranks.main: stop_file(run.args.run_dir).unlink(missing_ok=True)  # it was meant for this run
+            if run.ranks.main:
+                stop_file(run.args.run_dir).unlink(missing_ok=True)  # it was meant for this run
             lock.__exit__()
 
 
@@ -226,7 +234,7 @@ class Trainer(SessionParts):
         return save(self.run)
 
     def fit(self, resume: bool = False) -> History:
-        "Train to the end with a progress bar; `resume` goes on from the newest checkpoint in run_dir, if there is one"
+        "Train to the end with a progress bar; `resume` goes on from the newest checkpoint, if there is one"
         run = self.run
         if resume and (run.inside or not run.begun): go_on(run)
         show_progress(self.steps(), run.step, run.args.max_steps, run.args.log_freq, quiet=not run.ranks.main)

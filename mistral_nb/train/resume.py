@@ -31,7 +31,7 @@ def rows_in_step(settings: dict[str, Any], world_size: int) -> int:
 
 
 def keep_rows_per_step(args: TrainArgs, folder: Path, world_size: int) -> TrainArgs:
-    "`args` with the micro-batches that give a step the rows it had in a checkpoint's run, if any number does."
+    "`args` with micro-batches that give a step the rows it had in a checkpoint's run, if any number does."
     state = read_state(folder)
     rows, each = rows_in_step(state["args"], state["world_size"]), world_size * args.batch_size
     return args if rows % each else replace(args, num_microbatches=rows // each)
@@ -45,16 +45,16 @@ def check_extension(args: TrainArgs, old: TrainArgs, step: int) -> None:
     last = lr_at(step - 1, old.max_steps, old.optim.lr, old.optim.pct_start)
     following = lr_at(step, args.max_steps, args.optim.lr, args.optim.pct_start)
     if following <= 1.5 * last or args.optim.lr < old.optim.lr: return  # no jump, or one that was chosen
-    low = old.optim.lr / 10
-    warnings.warn(
-        f"max_steps is {args.max_steps}, and was {old.max_steps}: the learning rate goes on at {following:.2g}, "
-        f"after {last:.2g}, since its cycle is longer now; optim.lr={low:.2g}, a tenth, keeps it low", stacklevel=4)
+    change = f"max_steps is {args.max_steps}, and was {old.max_steps}"
+    jump = f"the learning rate goes on at {following:.2g}, after {last:.2g}, since its cycle is longer now"
+    way_out = f"optim.lr={old.optim.lr / 10:.2g}, a tenth, keeps it low"
+    warnings.warn(f"{change}: {jump}; {way_out}", stacklevel=4)
 
 # %% ../../nbs/train/72_resume.ipynb #may-change
 MAY_CHANGE = set(
-    "max_steps log_freq eval_freq no_eval ckpt_freq no_ckpt num_ckpt_keep save_adapters checkpoint memory_gib "
-    "resume run_dir wandb mlflow tensorboard device world_size model_id_or_path placement skip_not_finite "
-    "timeout_minutes threads on_tracking_error".split()
+    "max_steps log_freq eval_freq no_eval ckpt_freq no_ckpt num_ckpt_keep save_adapters checkpoint "
+    "memory_gib resume run_dir wandb mlflow tensorboard device world_size model_id_or_path placement "
+    "skip_not_finite timeout_minutes threads on_tracking_error".split()
 )
 
 
@@ -68,7 +68,10 @@ def check_same_ranks(args: TrainArgs, state: dict[str, Any], folder: Path, world
     had, has = rows_in_step(state["args"], before), rows_in_step(to_dict(args), world_size)
     fits = keep_rows_per_step(args, folder, world_size).num_microbatches
     hint = f"set it to {fits}" if fits != args.num_microbatches else f"start {before} processes again"
-    require(had == has, "num_microbatches", f"a step of {world_size} processes would have {has} rows, and had {had}", hint)
+    require(
+        had == has, "num_microbatches",
+        f"a step of {world_size} processes would have {has} rows, and had {had}", hint,
+    )
 
 
 def check_same_model(args: TrainArgs, state: dict[str, Any]) -> None:
@@ -82,9 +85,10 @@ def check_same_model(args: TrainArgs, state: dict[str, Any]) -> None:
 
 
 def check_same_settings(args: TrainArgs, old: TrainArgs, same_rows: bool) -> None:
-    "`ConfigError` that names a setting that may not change and did; `same_rows`: a step has as many as it had."
+    "`ConfigError` for a setting that may not change and did; `same_rows`: a step has as many as before."
     may = set(MAY_CHANGE)
-    if same_rows and args.loss_average == "tokens" and args.packing == "best_fit": may |= {"num_microbatches", "batch_size"}
+    if same_rows and args.loss_average == "tokens" and args.packing == "best_fit":
+        may |= {"num_microbatches", "batch_size"}
     before, now = flatten(to_dict(old)), flatten(to_dict(args))
     if now["max_steps"] > before["max_steps"] and now["optim.lr"] < before["optim.lr"]:
         now["optim.lr"] = before["optim.lr"]  # of a run that is extended

@@ -96,7 +96,7 @@ def folder_digests(folder: Path) -> dict[str, str]:
 
 
 def find_damage(folder: Path) -> str:
-    "What is wrong with a checkpoint's files; empty if nothing is. Files of the user's beside them are none of it."
+    "What is wrong with a checkpoint's files; empty if nothing is. Other files beside them do not count."
     try: wanted = json.loads((folder / DIGESTS_FILE).read_text())
     except (OSError, ValueError, RecursionError): wanted = None
     if not isinstance(wanted, dict): return f"{DIGESTS_FILE} is missing or damaged"

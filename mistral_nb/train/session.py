@@ -44,7 +44,9 @@ def open_model_folder(folder: str | Path, quantize: str = "none") -> ModelFolder
     tokenizer = load_tokenizer(folder)
     check_vocab(tokenizer, shape.vocab_size)
     file = tokenizer.file
-    return ModelFolder(shape, dtype, storage, digest, tokenizer, (file.name, file.read_bytes()) if file else None)
+    return ModelFolder(
+        shape, dtype, storage, digest, tokenizer, (file.name, file.read_bytes()) if file else None
+    )
 
 # %% ../../nbs/train/71_session.ipynb #session
 @dataclass
@@ -116,8 +118,7 @@ def run_table(run: Session) -> Table:
     place = f"{run.device}, {world} process{'es' * (world > 1)}"
     going_on = f", going on after {run.step}" if run.step else ""
     rows = [
-        ("model", short_path(args.model_id_or_path)),
-        ("parameters", f"{every:,}"),
+        ("model", short_path(args.model_id_or_path)), ("parameters", f"{every:,}"),
         ("trained", f"{learn:,} ({learn / every:.2%})"),
         ("weights", weights_line(args, run.model.dtype, place)),
         ("memory", f"{to_gib(run.plan.memory.total)} of {to_gib(run.plan.budget)} GiB: {run.plan.how()}"),
@@ -135,7 +136,11 @@ def weights_line(args: TrainArgs, dtype: torch.dtype, place: str) -> str:
     packed = f", matrices in {args.quantize}" if args.quantize != "none" else ""
     why = ""
     if dtype == torch.float16:
-        why = " (the loss is scaled: this GPU has no bfloat16)" if args.dtype == "auto" else " (the loss is scaled)"
+        why = (
+            " (the loss is scaled: this GPU has no bfloat16)"
+            if args.dtype == "auto"
+            else " (the loss is scaled)"
+        )
     return f"{str(dtype).removeprefix('torch.')}{packed} on {place}{why}"
 
 
