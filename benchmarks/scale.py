@@ -74,7 +74,7 @@ def theory(job, pieces: int) -> dict[str, int]:
 def steps(folder: Path, placement: str, rank: int) -> dict:
     "Bytes of a step by kind, and how long training waits for a checkpoint that is written meanwhile."
     from mistral_nb.demo import demo_settings
-    from mistral_nb.train import dist
+    from mistral_nb.train import dist, loop
     from mistral_nb.train.loop import Trainer
     settings = demo_settings(folder, folder / f"{placement}.{os.environ['WORLD_SIZE']}", max_steps=100, seq_len=512, device="cpu", placement=placement, lora=dict(rank=rank), no_eval=True)
     t = Trainer(settings)
@@ -84,12 +84,12 @@ def steps(folder: Path, placement: str, rank: int) -> dict:
     waits, whole = [], []
     for _ in range(3):
         began = time.perf_counter()
-        t.begin_save()
+        loop.begin_save(t.run)
         waits.append(time.perf_counter() - began)
-        t.writer.join()
+        t.run.writer.join()
         whole.append(time.perf_counter() - began)
         t.one_step()
-    files = sum(f.stat().st_size for f in t.writer.newest.rglob("*") if f.is_file()) if t.writer.newest else 0
+    files = sum(f.stat().st_size for f in t.run.writer.newest.rglob("*") if f.is_file()) if t.run.writer.newest else 0
     out = dict(counted=counted, theory=theory(t.plan.job, 1), waits=min(waits), whole=min(whole), bytes=files)
     dist.leave_group()
     return out if t.ranks.main else {}

@@ -23,6 +23,7 @@ from .core.display import prepare_terminal, safe_text
 
 # %% ../nbs/90_cli.ipynb #demo
 def demo_options(p: ArgumentParser) -> None:
+    "Options of `mistral-nb demo`."
     p.add_argument("--folder", default="demo_run", help="where to put it")
     p.add_argument("--steps", type=int, default=40, help="optimizer steps")
     p.add_argument("--seed", type=int, default=0)
@@ -81,6 +82,7 @@ CONFIG = "the YAML file"
 
 
 def train_options(p: ArgumentParser) -> None:
+    "Options of `mistral-nb train`."
     p.add_argument("config", help=CONFIG)
     on_top = "settings on top, for example optim.lr=1e-4"
     p.add_argument("overrides", nargs="*", metavar="key=value", help=on_top)
@@ -95,6 +97,7 @@ def cmd_train(args: Namespace) -> int:
 
 
 def plan_options(p: ArgumentParser) -> None:
+    "Options of `mistral-nb plan`."
     p.add_argument("config", help=CONFIG)
     on_top = "settings on top, for example quantize=nf4 memory_gib=24"
     p.add_argument("overrides", nargs="*", metavar="key=value", help=on_top)
@@ -109,6 +112,7 @@ def cmd_plan(args: Namespace) -> int:
 
 
 def runs_options(p: ArgumentParser) -> None:
+    "Options of `mistral-nb runs`."
     p.add_argument("folder", nargs="?", default=".", help="where to look, also below")
 
 
@@ -120,6 +124,7 @@ def cmd_runs(args: Namespace) -> int:
 
 # %% ../nbs/90_cli.ipynb #chat
 def chat_options(p: ArgumentParser) -> None:
+    "Options of `mistral-nb chat` and of `mistral-nb generate`."
     p.add_argument("--adapter", help="a lora.safetensors, its folder, or a checkpoint")
     p.add_argument("--system", help="system prompt")
     p.add_argument("--max-tokens", type=int, default=256, help="at most this many tokens in an answer")
@@ -133,6 +138,7 @@ def chat_options(p: ArgumentParser) -> None:
 
 
 def talk_options(p: ArgumentParser) -> None:
+    "Options of `mistral-nb chat`."
     p.add_argument("model", help="the model folder")
     chat_options(p)
 
@@ -168,6 +174,7 @@ def cmd_chat(args: Namespace) -> int:
 
 # %% ../nbs/90_cli.ipynb #generate
 def generate_options(p: ArgumentParser) -> None:
+    "Options of `mistral-nb generate`."
     p.add_argument("model", help="the model folder")
     asked = "one or more prompts; without any, one a line from standard input"
     p.add_argument("prompt", nargs="*", help=asked)
@@ -190,6 +197,7 @@ KINDS = ("instruct", "pretrain")
 
 
 def show_options(p: ArgumentParser) -> None:
+    "Options of `mistral-nb show`."
     p.add_argument("file", help="a .jsonl file")
     which = "a model folder, a tokenizer file, or v1, v2, v3, v3-tekken, v7"
     p.add_argument("--tokenizer", default="v3", help=which)
@@ -217,6 +225,7 @@ def cmd_show(args: Namespace) -> int:
 
 # %% ../nbs/90_cli.ipynb #check
 def check_options(p: ArgumentParser) -> None:
+    "Options of `mistral-nb check`."
     p.add_argument("source", help="the run's YAML file, or a data file or folder")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the YAML file")
     beside = "write FILE.corrected and FILE.rejected beside each file with bad rows"
@@ -248,6 +257,7 @@ def cmd_check(args: Namespace) -> int:
 
 # %% ../nbs/90_cli.ipynb #convert
 def convert_options(p: ArgumentParser) -> None:
+    "Options of `mistral-nb convert`."
     p.add_argument("source", help="a jsonl, json, csv, parquet or txt file, or a folder of them")
     p.add_argument("to", help="the .jsonl file to write")
     p.add_argument("--format", default=None, help="the format; guessed from the rows by default")
@@ -276,6 +286,7 @@ def cmd_convert(args: Namespace) -> int:
 
 
 def cache_options(p: ArgumentParser) -> None:
+    "Options of `mistral-nb cache`."
     kept = "the cache's folder; by default ~/.cache/mistral_nb/tokens"
     p.add_argument("--folder", default=None, help=kept)
     p.add_argument("--clear", action="store_true", help="delete what is kept")

@@ -169,8 +169,7 @@ MENU_ITEMS = (
 )
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 PRICE_QUESTIONS = [
-    "How much are {n} {t}s at {p} euros each?",
-    "What do I pay on {d} for {n} {t}s, if one is {p} euros?",
+    "How much are {n} {t}s at {p} euros each?", "What do I pay on {d} for {n} {t}s, if one is {p} euros?",
     "{n} {t}s, {p} euros each, please. What is the sum?",
 ]
 PRICE_ANSWERS = [
@@ -206,6 +205,7 @@ def as_messages(
 
 
 def ultrachat_row(talk: Talk, i: int) -> dict:
+    "A row as in UltraChat; in some, nobody answers the last question."
     messages = [{"content": m["content"], "role": m["role"]} for m in as_messages(talk)]
     if i % 9 == 4: messages.append({"content": "And a napkin?", "role": "user"})  # nobody answers it
     asked = talk[0][0]
@@ -213,13 +213,15 @@ def ultrachat_row(talk: Talk, i: int) -> dict:
 
 
 def glaive_row(i: int, thing: str, cents: str, guests: int) -> dict:
+    "A row as in Glaive's function calling, with a call in single quotes."
     arguments = f'{{"thing": "{thing}"}}'
     call = f'{{"name": "price", "arguments": \'{arguments}\'}}' if i != 7 else "{name: price"  # broken
     helper = "You are a helpful assistant, with no access to external functions."
     system = f"{helper} - {json.dumps(PRICE_TOOL)}"
     said = {
-        "system": system, "human": f"What does a {thing} cost for a party of {guests}?", "function-call": call,
-        "function-response": json.dumps({"euros": int(cents)}), "gpt": f"A {thing} costs {cents} euros.",
+        "system": system, "human": f"What does a {thing} cost for a party of {guests}?",
+        "function-call": call, "function-response": json.dumps({"euros": int(cents)}),
+        "gpt": f"A {thing} costs {cents} euros.",
     }
     talk = [{"from": who, "value": text} for who, text in said.items()]
     tool = json.dumps(PRICE_TOOL, indent=4)
@@ -227,6 +229,7 @@ def glaive_row(i: int, thing: str, cents: str, guests: int) -> dict:
 
 
 def alpaca_row(i: int, question: str, answer: str) -> dict:
+    "A row as in Alpaca; one has no answer."
     return {
         "instruction": question, "input": "" if i % 3 else "Answer in one sentence.",
         "output": "" if i == 11 else answer,
@@ -235,6 +238,7 @@ def alpaca_row(i: int, question: str, answer: str) -> dict:
 
 
 def code_alpaca_row(i: int, thing: str, cents: str) -> dict:
+    "A row of text in Llama 2's markup."
     asked = f"Print the price of {i} {thing}s at {cents} euros."
     system = "<<SYS>>\nWrite Python.\n<</SYS>>"
     return {"text": f"<s>[INST] {system}\n\n{asked} [/INST] print({i} * {cents}) </s>"}
@@ -272,7 +276,9 @@ def foreign_row(i: int, rng: random.Random) -> dict[str, dict]:
         "glaive": glaive_row(i, thing, cents, guests),
         "alpaca": alpaca_row(i, question, answer),
         "code_alpaca": code_alpaca_row(i, thing, cents),
-        "sharegpt": {"id": f"talk_{i}", "conversations": as_messages(shared, "human", "gpt", "from", "value")},
+        "sharegpt": {
+            "id": f"talk_{i}", "conversations": as_messages(shared, "human", "gpt", "from", "value"),
+        },
         "openai": openai,
         "openai_functions": functions,
         "is_user": {"interactions": is_user},

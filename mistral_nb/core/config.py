@@ -162,7 +162,9 @@ def from_dict(cls: type, values: Any, name: str = "", hint: Hint = type_hint) ->
     return cls(**out)
 
 
-def dotted(name: str, key: str) -> str: return f"{name}.{key}" if name else key
+def dotted(name: str, key: str) -> str:
+    "The name of a field within that of its block."
+    return f"{name}.{key}" if name else key
 
 
 def unknown_key(cls: type, key: Any, name: str) -> ConfigError:

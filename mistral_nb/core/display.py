@@ -24,13 +24,17 @@ _HIDDEN = re.compile(  # seen as nothing, and not of a category that is
 _NAMELESS = {"Cc", "Cf", "Cs", "Co", "Cn"}
 
 
-def code_point(c: str) -> str: return f"⟨U+{ord(c):04X}⟩"
+def code_point(c: str) -> str:
+    "A character by its number."
+    return f"⟨U+{ord(c):04X}⟩"
 
 
 def spell_out(text: str) -> str:
     "`text` with its code points for characters that do not show; line feeds and tabs stay."
     text = _HIDDEN.sub(lambda m: code_point(m[0]), text)
-    return "".join(code_point(c) if unicodedata.category(c) in _NAMELESS and c not in "\n\t" else c for c in text)
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in _NAMELESS else code_point(c) for c in text
+    )
 
 
 def reveal_hidden(

@@ -159,7 +159,9 @@ class MultiNodeJob:
 
     def __str__(self) -> str:
         lines = [f"# on each of the {self.nnodes} nodes, started within a few minutes of each other:"]
-        hint = "put the name of one node, which the others can reach, for FIRST_NODE; or give launch an endpoint"
+        hint = (
+            "put the name of one node, which the others can reach, for FIRST_NODE; or give launch an endpoint"
+        )
         if not self.endpoint: lines.append(f"# {hint}")
         lines.append(self.command(self.endpoint or "FIRST_NODE:29500"))
         return "\n".join([*lines, f"# then, from a notebook: attach({str(self.run_dir)!r})"])
