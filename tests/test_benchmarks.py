@@ -22,7 +22,10 @@ def test_every_benchmark_is_here():
     assert set(COMMANDS) == {p.name for p in FOLDER.glob("*.py") if "argparse" in p.read_text()}
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+SLOW = [pytest.param(name, marks=pytest.mark.slow if name != "load.py" else ()) for name in COMMANDS]
+
+
+@pytest.mark.parametrize("name", SLOW)
 def test_benchmark(name):
     "It ends well and prints a table"
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}

@@ -28,7 +28,6 @@ from mistral_nb.data.tokens import encode
 from mistral_nb.data.tokens import load_tokenizer
 
 VERSIONS = ("v3", "v3-tekken")
-ROWS = 5000
 Rng = random.Random
 Damage = Callable[[dict, Rng], Any]  # a row, or the bytes of its line
 
@@ -513,12 +512,12 @@ def test_good_rows(tmp_path, kind):
         assert all(served(t, version) for t in path.read_bytes().splitlines())
 
 
-@pytest.fixture(scope="module")
-def many(tmp_path_factory) -> tuple[Path, list[str | None]]:
+@pytest.fixture(scope="module", params=[600, pytest.param(5000, marks=pytest.mark.slow)])
+def many(tmp_path_factory, request) -> tuple[Path, list[str | None]]:
     "A file of which a random third is damaged, and the damages"
-    rng, known = Rng(11), list(DAMAGES)
-    places = rng.sample(range(ROWS), ROWS // 3)
-    names: list[str | None] = [None] * ROWS
+    rng, known, rows = Rng(11), list(DAMAGES), request.param
+    places = rng.sample(range(rows), rows // 3)
+    names: list[str | None] = [None] * rows
     for k, at in enumerate(places): names[at] = known[k % len(known)]
     return write_lines(tmp_path_factory.mktemp("many") / "rows.jsonl", names, seed=13), names
 

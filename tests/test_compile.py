@@ -31,8 +31,12 @@ PIECES = {
 }
 
 
+FIRST = ("norm_back", "gate_back", "unpack_nf4")  # one of each kind; the others are slow
+NAMES = [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in PIECES]
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler on a CPU")
-@pytest.mark.parametrize("name", PIECES)
+@pytest.mark.parametrize("name", NAMES)
 def test_compiled_piece(name):
     "Compiled equals plain, and after the second length nothing is compiled any more"
     torch._dynamo.reset()

@@ -20,7 +20,7 @@ from mistral_nb.train.run_dir import checkpoints
 from mistral_nb.train.run_dir import find_damage
 from mistral_nb.train.metrics import read_records
 
-KILLS = {ranks: int(os.environ.get("KILLS", n)) for ranks, n in ((0, 8), (2, 4))}  # by ranks; KILLS=30 in the environment takes about ten minutes
+KILLS = {ranks: int(os.environ.get("KILLS", n)) for ranks, n in ((0, 3), (2, 2))}  # by ranks; nightly 30
 SETTINGS = dict(max_steps=12, seq_len=128, batch_size=1, log_freq=1, ckpt_freq=1, no_eval=True, num_ckpt_keep=2, lora=dict(rank=8, dropout=0.2))
 
 
@@ -54,7 +54,7 @@ def test_killed_again_and_again(write_config, shell_env, ranks):
     for _ in range(KILLS[ranks]):
         kills += kill_at_random(started(cut, shell_env, ranks), run_dir, rng)
         if steps_done(run_dir) >= steps: break
-    assert kills >= 3
+    assert kills >= min(3, KILLS[ranks])
     last = started(cut, shell_env, ranks)
     _, said = last.communicate(timeout=300)
     assert last.returncode == 0, said

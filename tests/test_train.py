@@ -33,9 +33,9 @@ def losses(config) -> list[float]: return [r["loss"] for r in read_records(confi
 def adapter(config): return load_file(checkpoints(config.with_suffix(""))[-1] / "consolidated/lora.safetensors")
 
 
-def test_shell_and_torchrun_agree(write_config, shell_env):
+def test_shell_and_torchrun_agree(write_demo_config, shell_env):
     "The plain command and torchrun with one process write the same numbers and the same adapter"
-    alone, launched = write_config("alone", **FAST, log_freq=1), write_config("launched", **FAST, log_freq=1)
+    alone, launched = write_demo_config("alone", **FAST, log_freq=1), write_demo_config("launched", **FAST, log_freq=1)
     done = run(train_command(alone), shell_env)
     assert "19,138,816" in done.stdout and "done: " in done.stdout
     run(train_command(launched, ranks=1), shell_env)
@@ -124,18 +124,18 @@ def test_too_few_rows_for_the_ranks(write_config, shell_env, tmp_path):
     assert done.returncode != 0 and "one.jsonl has 1 rows for 2 ranks" in done.stderr
 
 
-def test_merged_checkpoint(write_config, shell_env):
+def test_merged_checkpoint(write_demo_config, shell_env):
     "save_adapters: false writes a model that loads as one"
-    config = write_config("merged", **FAST, save_adapters=False)
+    config = write_demo_config("merged", **FAST, save_adapters=False)
     run(train_command(config), shell_env)
     folder = checkpoints(config.with_suffix(""))[-1] / "consolidated"
     assert sorted(p.name for p in folder.iterdir()) == ["consolidated.safetensors", "params.json", "tokenizer.model.v3"]
     assert load_model(folder).args.dim == 256
 
 
-def test_learns(write_config, shell_env):
+def test_learns(write_demo_config, shell_env):
     "The demo's settings bring the loss on held-out wordings under a tenth"
-    config = write_config("learns", log_freq=1)
+    config = write_demo_config("learns", log_freq=1)
     run(train_command(config), shell_env)
     evals = [r["loss"] for r in read_records(config.with_suffix("") / "metrics.eval.jsonl")]
     assert losses(config)[0] > 10 and evals[-1] < 0.1 * losses(config)[0]
