@@ -17,10 +17,16 @@ from torch.utils._pytree import tree_leaves
 GIB = 2**30
 
 
-def nothing(*args, **kw) -> None: return None
+def always(value):
+    "A function of its own, for each name anew: torch.compile looks for functions by what they are"
+    return lambda *args, **kw: value
 
 
-def zero(*args, **kw) -> int: return 0
+NOTHING = (
+    "_lazy_init synchronize empty_cache set_device manual_seed manual_seed_all reset_peak_memory_stats "
+    "set_rng_state"
+)
+ZERO = "current_device memory_reserved memory_allocated max_memory_allocated"
 
 
 def install(capability=(9, 0), free=78 * GIB) -> None:
@@ -28,14 +34,11 @@ def install(capability=(9, 0), free=78 * GIB) -> None:
     properties = SimpleNamespace(
         major=capability[0], minor=capability[1], multi_processor_count=132, total_memory=free, name="fake",
     )
-    answers = dict(
-        _lazy_init=nothing, synchronize=nothing, empty_cache=nothing, set_device=nothing, manual_seed=nothing,
-        manual_seed_all=nothing, reset_peak_memory_stats=nothing, set_rng_state=nothing, current_device=zero,
-        memory_reserved=zero, memory_allocated=zero, max_memory_allocated=zero,
-        is_available=lambda: True, device_count=lambda: 1,
-        get_device_capability=lambda device=None: capability, get_device_name=lambda device=None: "fake",
-        get_device_properties=lambda device=None: properties, mem_get_info=lambda device=None: (free, free),
-        is_bf16_supported=lambda including_emulation=True: capability >= (8, 0),
+    answers = {name: always(None) for name in NOTHING.split()} | {name: always(0) for name in ZERO.split()}
+    answers |= dict(
+        is_available=always(True), device_count=always(1), get_device_capability=always(capability),
+        get_device_name=always("fake"), get_device_properties=always(properties),
+        mem_get_info=always((free, free)), is_bf16_supported=always(capability >= (8, 0)),
         get_rng_state=lambda device=None: torch.zeros(16, dtype=torch.uint8),
     )
     for name, answer in answers.items(): setattr(torch.cuda, name, answer)
