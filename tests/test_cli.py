@@ -1,8 +1,12 @@
 "The program, as a newcomer types it."
+import io
 import re
 import subprocess
 import sys
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,9 +22,26 @@ def session(tmp_path_factory, shell_env):
 
 
 def program(env, *argv, stdin="", ok=0):
-    done = subprocess.run([sys.executable, "-m", "mistral_nb", *argv], env=env, input=stdin, capture_output=True, text=True, timeout=300)
+    "The program in a process of its own"
+    command = [sys.executable, "-m", "mistral_nb", *argv]
+    done = subprocess.run(command, env=env, input=stdin, capture_output=True, text=True, timeout=300)
     assert done.returncode == ok, done.stdout + done.stderr
     return done
+
+
+@pytest.fixture
+def here(monkeypatch):
+    "The program in this process, which has imported everything already"
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # the program sets its own
+
+    def run(*argv, stdin="", ok=0):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+            try: code = main(list(argv))
+            except SystemExit as stop: code = stop.code
+        assert code == ok, out.getvalue() + err.getvalue()
+        return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
+    return run
 
 
 def test_demo_learns(session):
@@ -40,27 +61,29 @@ def test_demo_twice(session, shell_env):
     assert (folder / "run").is_dir() and (folder / "run-2").is_dir()
 
 
-def test_generate_and_chat(session, shell_env):
+def test_generate_and_chat(session, shell_env, here):
     "The adapter that the demo wrote answers; without it the model does not"
     folder, _ = session
     adapter = ["--adapter", str(folder / "run/checkpoints/checkpoint_000040"), "--max-tokens", "24"]
     assert "It is a harbour cat named Pim." in program(shell_env, "generate", str(folder / "model"), "Do you have a cat?", *adapter).stdout
-    assert "Pim" not in program(shell_env, "generate", str(folder / "model"), "Do you have a cat?", "--max-tokens", "8").stdout
-    both = program(shell_env, "generate", str(folder / "model"), *adapter, "--compare", stdin="What about dogs?\nDo you have a cat?\n").stdout
+    assert "Pim" not in here("generate", str(folder / "model"), "Do you have a cat?", "--max-tokens", "8").stdout
+    asked = "What about dogs?\nDo you have a cat?\n"
+    both = here("generate", str(folder / "model"), *adapter, "--compare", stdin=asked).stdout
     assert "Dogs get a free biscuit." in both and "base" in both
     talk = program(shell_env, "chat", str(folder / "model"), *adapter, stdin="Do you have a cat?\n/base Do you have a cat?\n\n").stdout
     assert talk.count("Pim") == 1
 
 
-def test_show(demo, shell_env):
+def test_show(demo, here):
     "Tokens and mask of a line; every format of the demo can be shown"
-    said = program(shell_env, "show", str(demo / "data/train.jsonl"), "--tokenizer", str(demo / "model"), "--line", "4").stdout
+    train = str(demo / "data/train.jsonl")
+    said = here("show", train, "--tokenizer", str(demo / "model"), "--line", "4").stdout
     assert "line 4" in said and "saltwater" in said and "⟦" in said
     for file in sorted((demo / "data/formats").glob("*.jsonl")):
-        program(shell_env, "show", str(file), "--kind", "pretrain" if file.stem in ("text", "content") else "instruct")
+        here("show", str(file), "--kind", "pretrain" if file.stem in ("text", "content") else "instruct")
 
 
-def test_mistakes_are_explained(demo, shell_env, write_config):
+def test_mistakes_are_explained(demo, shell_env, here, write_config):
     "Wrong folders, files and settings are sentences on stderr, not tracebacks"
     for argv, said in [
         (("generate", str(demo / "data"), "Hi"), "has no params.json"),
@@ -70,14 +93,16 @@ def test_mistakes_are_explained(demo, shell_env, write_config):
         (("train", "no.yaml"), "no.yaml: cannot be read"),
         (("train", str(write_config("x")), "lora.rnk=4"), "lora.rnk: there is no such setting (did you mean rank?)"),
     ]:
-        done = program(shell_env, *argv, ok=1)
+        done = here(*argv, ok=1)
         assert said in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert "usage: mistral-nb" in program(shell_env, "teach", ok=2).stderr
+    done = program(shell_env, "train", "no.yaml", ok=1)
+    assert "no.yaml: cannot be read" in done.stderr and "Traceback" not in done.stderr
+    assert "usage: mistral-nb" in here("teach", ok=2).stderr
 
 
-def test_commands_agree(shell_env):
+def test_commands_agree(shell_env, here):
     "`mistral-nb train --help` and the module's help say the same of overrides and of resuming"
-    a = program(shell_env, "train", "--help").stdout
+    a = here("train", "--help").stdout
     b = subprocess.run([*train_command("--help")], env=shell_env, capture_output=True, text=True).stdout
     assert all("--resume" in said and "key=value" in said for said in (a, b))
 
@@ -96,12 +121,12 @@ def test_check(demo, write_config, tmp_path):
     assert main(["check", str(good), f"data.instruct_data={bad}", f"model_id_or_path={tmp_path}/none"]) == 1
 
 
-def test_plan(session, shell_env):
+def test_plan(session, here):
     "A run against this machine, and one that does not fit"
     folder, _ = session
     config = folder / "plan.yaml"
     config.write_text(f"model_id_or_path: {folder}/model\nrun_dir: {folder}/planned\ndata:\n  instruct_data: {folder}/data/train.jsonl\n")
-    assert "tokens at once, nothing recomputed" in program(shell_env, "plan", str(config)).stdout
-    small = program(shell_env, "plan", str(config), "memory_gib=0.2", "device=cpu", ok=1).stdout
+    assert "tokens at once, nothing recomputed" in here("plan", str(config)).stdout
+    small = here("plan", str(config), "memory_gib=0.2", "device=cpu", ok=1).stdout
     assert "does not fit" in small and "free on CPU" in small
     assert not (folder / "planned").exists()

@@ -21,6 +21,8 @@ SHAPE = ModelArgs(dim=64, n_layers=2, head_dim=16, hidden_dim=128, n_heads=4, n_
 NAMES = [*worker.DIVIDED, *worker.COPIED, *worker.PIECES]
 IS_OLD = tuple(map(int, torch.__version__.split(".")[:2])) < FSDP_SINCE
 HYBRID = ["dense", "full", "moe_nf4"]
+SAVED = ["dense", "moe", "dora", "pissa", "also", "merged", "full", "full_recompute", "nf4", "hf", "fp8_merged"]
+ON_FOUR = [*SAVED, *worker.COPIED, "moe_pieces"]  # the other variants run on four ranks at night
 
 
 def to_hf(folder: Path, out: Path) -> None:
@@ -51,8 +53,14 @@ def root(tmp_path_factory) -> Path:
     return root
 
 
+def on_four(items: list) -> list[str]:
+    "The variants that some test wants on four ranks"
+    wanted = {i.callspec.params["name"] for i in items if getattr(i, "callspec", None) and i.callspec.params.get("ranks") == 4}
+    return [name for name in NAMES if name in wanted | set(SAVED)]
+
+
 @pytest.fixture(scope="module")
-def found(root, shell_env) -> dict:
+def found(root, shell_env, request) -> dict:
     "What came of all variants on 1, 2 and 4 ranks, and of some on two times two"
     def launch(n: int, names: list[str], **env) -> dict:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", str(ROOT / "tests/ranks.py"), str(root), *names]
@@ -60,7 +68,10 @@ def found(root, shell_env) -> dict:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
         return json.loads((root / f"{n}{'.hybrid' if env else ''}.json").read_text())
     if IS_OLD: return {n: launch(n, list(worker.COPIED)) for n in (1, 2, 4)}
-    return {1: launch(1, NAMES), 2: launch(2, NAMES), 4: launch(4, NAMES), "hybrid": launch(4, HYBRID, NODES="2")}
+    return {
+        1: launch(1, NAMES), 2: launch(2, NAMES), 4: launch(4, on_four(request.session.items)),
+        "hybrid": launch(4, HYBRID, NODES="2"),
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -79,8 +90,10 @@ def test_old_torch_says_so(root, shell_env):
     assert done.returncode and "cannot divide a model among processes (use 2.12 or a later one" in done.stderr
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks, name", [
+    *((2, name) for name in NAMES),
+    *(pytest.param(4, name, marks=() if name in ON_FOUR else pytest.mark.slow) for name in NAMES),
+])
 def test_same_numbers(found, name, ranks):
     "Losses, gradient norms and evaluation do not depend on the number of ranks"
     one, many = found[1][name], found[ranks][name]
@@ -103,7 +116,7 @@ def test_weights_are_divided(found, name):
         for held in found[n][name]["held"]: assert held == pytest.approx(whole / n, rel=0.12 if name != "full" else 1e-9)
 
 
-@pytest.mark.parametrize("name", ["dense", "moe", "dora", "pissa", "also", "merged", "full", "full_recompute", "nf4", "hf", "fp8_merged"])
+@pytest.mark.parametrize("name", SAVED)
 def test_same_checkpoint(root, found, name):
     "What is saved is whole, and the same"
     folders = [checkpoints(root / f"{name}.{n}")[-1] for n in (1, 2, 4)]

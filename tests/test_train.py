@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import train_command
+from conftest import train_command, written_config
 from mistral_nb.demo import demo_settings
 from mistral_nb.model.weights import load_model
 from mistral_nb.model.weights import save_model
@@ -76,12 +76,21 @@ def start_and_wait_for(step: int, config, env, **kw):
     return child
 
 
+LONG = dict(max_steps=25, seq_len=128, log_freq=1, no_eval=True)
+
+
+@pytest.fixture(scope="module")
+def whole(small_demo, tmp_path_factory, shell_env):
+    "A run that was never stopped"
+    config = written_config(small_demo, tmp_path_factory.mktemp("whole"), "whole", **LONG)
+    run(train_command(config), shell_env)
+    return config
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_saves_and_resume_continues(write_config, shell_env, number, code):
-    "A signal ends the run on a step's edge with a checkpoint; resuming gives the losses of a run that was never stopped"
-    whole = write_config("whole", max_steps=25, seq_len=128, log_freq=1, no_eval=True)
-    cut = write_config("cut", max_steps=25, seq_len=128, log_freq=1, no_eval=True)
-    run(train_command(whole), shell_env)
+def test_signal_saves_and_resume_continues(write_config, shell_env, whole, number, code):
+    "A signal ends the run on a step's edge with a checkpoint; resuming gives the losses of one that was never stopped"
+    cut = write_config("cut", **LONG)
     child = start_and_wait_for(3, cut, shell_env)
     os.kill(child.pid, number)
     _, err = child.communicate(timeout=60)
