@@ -20,7 +20,9 @@ from .pack import Packer, Piece
 from .sources import check_kept, check_long, check_source, placed_lengths, TokenizedSource
 
 # %% ../../nbs/data/27_batches.ipynb #mixer
-UNITS_PER_POSITION = 1 << 16  # of a position; a sample of which nothing is placed counts one unit, so that a mix moves on
+UNITS_PER_POSITION = (
+    1 << 16
+)  # of a position; a sample of which nothing is placed counts one unit, so that a mix moves on
 
 
 class Mixer:
@@ -36,10 +38,14 @@ class Mixer:
     def order(self, i: int) -> np.ndarray:
         "The order of source `i` in its epoch"
         n = len(self.lengths[i])
-        return np.random.default_rng([self.seed, i, self.epoch[i]]).permutation(n) if self.shuffles[i] else np.arange(n)
+        return (
+            np.random.default_rng([self.seed, i, self.epoch[i]]).permutation(n)
+            if self.shuffles[i]
+            else np.arange(n)
+        )
 
     def ahead(self, i: int, most: int = 1024) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        "The next samples of source `i` in its epoch, their lengths, and what it will have given, by weight, before each and at the end"
+        "The next samples of source `i`, their lengths, and what it will have given, by weight, before each"
         if self.at[i] == len(self.orders[i]):
             self.epoch[i], self.at[i] = self.epoch[i] + 1, 0
             self.orders[i] = self.order(i)
@@ -48,13 +54,16 @@ class Mixer:
         return samples, lengths, (self.given[i] + np.cumsum([0, *lengths])) / self.weights[i]
 
     def window(self, size: int) -> np.ndarray:
-        "The next samples, with at least `size` placed positions; next is always the source that is furthest behind its share"
+        "The next samples, with at least `size` placed positions; the source furthest behind its share is next"
         out, held, size = [], 0, size * UNITS_PER_POSITION
         while held < size:
             found = [self.ahead(i) for i in range(len(self.lengths))]
             known = min(given[-1] for _, _, given in found)  # up to here it is certain who is next
             source = np.repeat(np.arange(len(found)), [len(samples) for samples, _, _ in found])
-            samples, lengths, given = (np.concatenate(parts) for parts in zip(*((s + begin, n, g[:-1]) for (s, n, g), begin in zip(found, self.begin))))
+            samples, lengths, given = (
+                np.concatenate(parts)
+                for parts in zip(*((s + begin, n, g[:-1]) for (s, n, g), begin in zip(found, self.begin)))
+            )
             order = np.lexsort((source, given))[: np.count_nonzero(given < known)]
             order = order[: np.searchsorted(np.cumsum(lengths[order]), size - held) + 1]
             out.append(samples[order])
@@ -79,8 +88,10 @@ def rank_lines(file: TokenFile, rank: int, world_size: int) -> np.ndarray:
     return np.flatnonzero((file.line - 1) % world_size == rank)
 
 # %% ../../nbs/data/27_batches.ipynb #mistral-order-code
-def _mistral_order(data: TokenizedSource, shuffle: bool, seed: int, rank: int, world_size: int) -> Iterator[int]:
-    "mistral-finetune's endless order: file after file, each reshuffled in place; the shorter beginnings follow the lines"
+def _mistral_order(
+    data: TokenizedSource, shuffle: bool, seed: int, rank: int, world_size: int
+) -> Iterator[int]:
+    "mistral-finetune's endless order: file after file, each reshuffled in place, shorter beginnings last"
     rng, files, begin = np.random.RandomState(np.array((seed, rank))), [], 0
     for f in data.files:
         mine = rank_lines(f, rank, world_size)
@@ -92,10 +103,16 @@ def _mistral_order(data: TokenizedSource, shuffle: bool, seed: int, rank: int, w
             yield from samples
 
 # %% ../../nbs/data/27_batches.ipynb #mistral-train
-def _mistral_train(data: list[TokenizedSource], shuffles: list[bool], seq_len: int, seed: int, rank: int, world_size: int, counts: PackCounts) -> Iterator[list[Piece]]:
+def _mistral_train(
+    data: list[TokenizedSource], shuffles: list[bool], seq_len: int, seed: int, rank: int,
+    world_size: int, counts: PackCounts,
+) -> Iterator[list[Piece]]:
     "Rows of all sources, the next source chosen at random by weight"
     begin = np.cumsum([0, *(len(d.samples) for d in data)]).tolist()
-    rows = [mistral_rows(_mistral_order(d, s, seed, rank, world_size), d.samples, seq_len, counts=counts) for d, s in zip(data, shuffles)]
+    rows = [
+        mistral_rows(_mistral_order(d, s, seed, rank, world_size), d.samples, seq_len, counts=counts)
+        for d, s in zip(data, shuffles)
+    ]
     total = sum(d.source.weight for d in data)
     share = [d.source.weight / total for d in data]
     rng = np.random.RandomState(np.array((seed, rank)))
@@ -108,16 +125,25 @@ def _check_ranks(data: TokenizedSource, world_size: int) -> None:
     "Without a trained token among its lines, a rank would wait for ever"
     for rank in range(world_size):
         if not any(f.trained[rank_lines(f, rank, world_size)].any() for f in data.files):
-            raise DataError(f"{data.source.path} has no trained token for rank {rank} of {world_size}: use packing: best_fit, or fewer processes")
+            raise DataError(
+                f"{data.source.path} has no trained token for rank {rank} of {world_size}: use packing: best_fit, or fewer processes"
+            )
 
 # %% ../../nbs/data/27_batches.ipynb #train
 class TrainBatches:
     "Endless batches of one rank."
 
-    def __init__(self, rows: Iterator[list[Piece]], samples: TokenFile, seq_len: int, batch_size: int, counts: PackCounts, rank: int = 0, world_size: int = 1):
-        self.rows, self.samples, self.seq_len, self.batch_size, self.counts, self.taken, self.known = rows, samples, seq_len, batch_size, counts, 0, None
+    def __init__(
+        self, rows: Iterator[list[Piece]], samples: TokenFile, seq_len: int, batch_size: int,
+        counts: PackCounts, rank: int = 0, world_size: int = 1,
+    ):
+        self.rows, self.samples, self.seq_len, self.batch_size, self.counts, self.taken, self.known = (
+            rows, samples, seq_len, batch_size, counts, 0, None,
+        )
         self.recent: deque[list[list[Piece]]] = deque(maxlen=1024)  # plans of the last batches
-        shared = isinstance(rows, Packer)  # one order for all ranks; mistral-finetune's ranks each have their own
+        shared = isinstance(
+            rows, Packer
+        )  # one order for all ranks; mistral-finetune's ranks each have their own
         self.rank, self.world_size = (rank, world_size) if shared else (0, 1)
 
     def __iter__(self) -> "TrainBatches": return self
@@ -131,28 +157,44 @@ class TrainBatches:
 
     def samples_of(self, batches: int) -> list[int]:
         "The numbers of the samples in the last `batches`"
-        return sorted({number for plan in list(self.recent)[-batches:] for row in plan for number, _, _, _ in row})
+        return sorted(
+            {number for plan in list(self.recent)[-batches:] for row in plan for number, _, _, _ in row}
+        )
 
     def __next__(self) -> Batch: return fill_rows(self.plan(), self.samples, self.seq_len)
 
     def state(self) -> dict[str, Any]:
         "Where the batches are, as plain numbers"
-        place = dict(order=self.rows.order.state(), packer=self.rows.state()) if isinstance(self.rows, Packer) else {}
+        place = (
+            dict(order=self.rows.order.state(), packer=self.rows.state())
+            if isinstance(self.rows, Packer)
+            else {}
+        )
         return dict(taken=self.taken, counts=asdict(self.counts), data=self.fingerprint(), **place)
 
     def fingerprint(self) -> int:
         "A number that changes when the samples do: every length, and the ids of up to 65,536 samples"
         if self.known is None:
-            n, found = len(self.samples.length), zlib.crc32(self.samples.length.tobytes(), zlib.crc32(self.samples.trained.tobytes()))
+            n, found = (
+                len(self.samples.length),
+                zlib.crc32(self.samples.length.tobytes(), zlib.crc32(self.samples.trained.tobytes())),
+            )
             some = np.unique(np.linspace(0, n - 1, min(n, 65_536)).astype(int)).tolist()
-            for i, (tokens, _, at) in zip(some, self.samples.places(some)): found = zlib.crc32(np.ascontiguousarray(tokens[at : at + self.samples.length[i]]), found)
+            for i, (tokens, _, at) in zip(some, self.samples.places(some)):
+                found = zlib.crc32(np.ascontiguousarray(tokens[at : at + self.samples.length[i]]), found)
             self.known = found
         return self.known
 
     def load_state(self, state: dict[str, Any]) -> None:
-        "Go on from what `state` gave, on any rank; mistral-finetune's order is walked again up to there. `DataError` if the data is another"
-        if state["data"] != self.fingerprint(): raise DataError("the data is not that of the run to resume: put the old files back, or begin a new run")
-        if not isinstance(self.rows, Packer) and state["taken"] < self.taken: raise ValueError(f"{self.taken} batches were taken, and the state is from after {state['taken']}: make new batches")
+        "Go on from what `state` gave, on any rank, or raise `DataError`; mistral-finetune's order is walked again"
+        if state["data"] != self.fingerprint():
+            raise DataError(
+                "the data is not that of the run to resume: put the old files back, or begin a new run"
+            )
+        if not isinstance(self.rows, Packer) and state["taken"] < self.taken:
+            raise ValueError(
+                f"{self.taken} batches were taken, and the state is from after {state['taken']}: make new batches"
+            )
         if isinstance(self.rows, Packer):
             self.rows.order.load_state(state["order"])
             self.rows.load_state(state["packer"])
@@ -184,8 +226,13 @@ def train_batches(
         for d in data: _check_ranks(d, world_size)
         rows = _mistral_train(data, shuffles, seq_len, seed, rank, world_size, counts)
     else:
-        window = int(np.clip(sum(d.tokens for d in data) // seq_len, 1, 64))  # a small data set is not looked at many epochs ahead
-        order = Mixer([placed_lengths(d, seq_len, long_rows) for d in data], [d.source.weight for d in data], shuffles, seed)
+        window = int(
+            np.clip(sum(d.tokens for d in data) // seq_len, 1, 64)
+        )  # a small data set is not looked at many epochs ahead
+        order = Mixer(
+            [placed_lengths(d, seq_len, long_rows) for d in data], [d.source.weight for d in data],
+            shuffles, seed,
+        )
         rows = Packer(order, samples, seq_len, counts, seed, window, long_rows)
     return TrainBatches(rows, samples, seq_len, batch_size, counts, rank, world_size)
 
@@ -197,26 +244,35 @@ def batched(rows: Iterable[list[Piece]], size: int, keep_last: bool) -> Iterator
 
 # %% ../../nbs/data/27_batches.ipynb #eval-batches
 def eval_batches(
-    data: list[TokenizedSource],
-    seq_len: int,
-    batch_size: int = 1,
-    packing: str = "best_fit",
-    rank: int = 0,
-    world_size: int = 1,
-    counts: PackCounts | None = None,
-    long_rows: str = "split",
+    data: list[TokenizedSource], seq_len: int, batch_size: int = 1, packing: str = "best_fit",
+    rank: int = 0, world_size: int = 1, counts: PackCounts | None = None, long_rows: str = "split",
 ) -> Iterator[Batch]:
     "All rows once; a rank may get none."
-    counts, samples = counts if counts is not None else PackCounts(), TokenFile.join([f for d in data for f in d.files])
+    counts, samples = (
+        counts if counts is not None else PackCounts(),
+        TokenFile.join([f for d in data for f in d.files]),
+    )
     begin = np.cumsum([0, *(len(f) for d in data for f in d.files)])
     own = lambda f, mine: [int(i) for i in mine if f.part[i] == 0]
     files = list(zip([f for d in data for f in d.files], begin.tolist()))
     if packing == "mistral":
         ends = np.cumsum([len(d.files) for d in data]).tolist()
-        mine = [[b + i for f, b in files[e - len(d.files) : e] for i in own(f, rank_lines(f, rank, world_size))] for d, e in zip(data, ends)]
-        rows = chain.from_iterable(mistral_rows(order, samples, seq_len, finite=True, counts=counts) for order in mine)
+        mine = [
+            [b + i for f, b in files[e - len(d.files) : e] for i in own(f, rank_lines(f, rank, world_size))]
+            for d, e in zip(data, ends)
+        ]
+        rows = chain.from_iterable(
+            mistral_rows(order, samples, seq_len, finite=True, counts=counts) for order in mine
+        )
         found = batched(rows, batch_size, keep_last=False)
     else:
         order = (b + i for f, b in files for i in own(f, range(len(f))))
-        found = islice(batched(best_fit_rows(order, samples, seq_len, counts, policy=long_rows), batch_size, keep_last=True), rank, None, world_size)
+        found = islice(
+            batched(
+                best_fit_rows(order, samples, seq_len, counts, policy=long_rows), batch_size, keep_last=True
+            ),
+            rank,
+            None,
+            world_size,
+        )
     return (fill_rows(rows, samples, seq_len) for rows in found)

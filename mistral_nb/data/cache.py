@@ -42,26 +42,38 @@ def container_cores(root: str | Path = "/sys/fs/cgroup") -> float:
     "Cores that a container's quota amounts to (cgroup v2 or v1); infinite without one."
     try:
         if (file := Path(root) / "cpu.max").exists(): quota, period = file.read_text().split()
-        else: quota, period = ((Path(root) / "cpu" / f"cpu.cfs_{n}_us").read_text() for n in ("quota", "period"))
+        else:
+            quota, period = (
+                (Path(root) / "cpu" / f"cpu.cfs_{n}_us").read_text() for n in ("quota", "period")
+            )
         return int(quota) / int(period) if int(quota) > 0 else math.inf
     except (OSError, ValueError): return math.inf  # "max"
 
 # %% ../../nbs/data/24_cache.ipynb #map-ordered
 def map_ordered(work: Callable, jobs: Iterable, workers: int) -> Iterator[Any]:
-    "`work(job)` for each job, in order, by this process and `workers - 1` helpers; holds a few results at most."
+    "`work(job)` for each job, in order, by this process and `workers - 1` helpers; few results are held."
     if workers <= 1:
         yield from map(work, jobs)
         return
     from loky import get_reusable_executor
     from loky.process_executor import TerminatedWorkerError
-    pool, pending = get_reusable_executor(max_workers=workers - 1, timeout=60, initializer=_leave_with, initargs=(os.getpid(),)), deque()
+    pool, pending = (
+        get_reusable_executor(
+            max_workers=workers - 1, timeout=60, initializer=_leave_with, initargs=(os.getpid(),)
+        ),
+        deque(),
+    )
     try:
         for job in jobs:
             if sum(not f.done() for f in pending) < 3 * (workers - 1): pending.append(pool.submit(work, job))
             else: pending.append(_done(work, job))
-            while pending and (pending[0].done() or len(pending) > 32 * workers): yield pending.popleft().result()
+            while pending and (pending[0].done() or len(pending) > 32 * workers):
+                yield pending.popleft().result()
         while pending: yield pending.popleft().result()
-    except TerminatedWorkerError as e: raise DataError("a helper process was killed, perhaps for memory: start again with fewer workers") from e
+    except TerminatedWorkerError as e:
+        raise DataError(
+            "a helper process was killed, perhaps for memory: start again with fewer workers"
+        ) from e
     finally:
         for f in pending: f.cancel()
 
@@ -89,22 +101,34 @@ def file_digest(path: str | Path, notes: Path | None = None) -> str:
     "A hash of a file's content; `notes` is a folder for remembering it."
     path = Path(path).resolve()
     now = path.stat()
-    state, note = [now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino], notes / f"{hashlib.blake2b(os.fsencode(path), digest_size=16).hexdigest()}.json" if notes else None
+    state, note = (
+        [now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino],
+        notes / f"{hashlib.blake2b(os.fsencode(path), digest_size=16).hexdigest()}.json" if notes else None,
+    )
     try:
         seen = json.loads(note.read_text()) if note else {}
         if seen["state"] == state and seen["noted"] - max(state[1:3]) > 2e9: return seen["digest"]
     except (OSError, ValueError, KeyError): pass
     with open(path, "rb") as f: found = hashlib.file_digest(f, "blake2b").hexdigest()[:32]
     try:
-        if note: write_atomic(note, [json.dumps(dict(path=str(path), state=state, noted=time.time_ns(), digest=found)).encode()])
+        if note:
+            write_atomic(
+                note,
+                [json.dumps(dict(path=str(path), state=state, noted=time.time_ns(), digest=found)).encode()],
+            )
     except OSError: pass  # a cache that can only be read
     return found
 
 # %% ../../nbs/data/24_cache.ipynb #cache-key
-def cache_key(path: str | Path, kind: str, tokenizer: Tokenizer, chunk: bool, notes: Path | None = None) -> str:
+def cache_key(
+    path: str | Path, kind: str, tokenizer: Tokenizer, chunk: bool, notes: Path | None = None
+) -> str:
     "What the tokens of a file depend on, as a short name."
     maker = file_digest(tokenizer.file, notes) + "raw" * tokenizer.raw if tokenizer.file else tokenizer.origin
-    parts = [CACHE_VERSION, installed("mistral-common"), file_digest(path, notes), maker, str(tokenizer.file.name if tokenizer.file else ""), kind, str(bool(chunk and kind == "instruct"))]
+    parts = [
+        CACHE_VERSION, installed("mistral-common"), file_digest(path, notes), maker,
+        str(tokenizer.file.name if tokenizer.file else ""), kind, str(bool(chunk and kind == "instruct")),
+    ]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=12).hexdigest()
 
 # %% ../../nbs/data/24_cache.ipynb #tokenize-file
@@ -139,12 +163,22 @@ def tokenize_file(
         yield from make()
         if key() != name: raise DataError(f"{path} changed while it was read: start again")
     if not _writable(found.parent):
-        print(f"{short_path(found.parent)} cannot be written to: the tokens of {short_path(path)} stay in memory")
+        print(
+            f"{short_path(found.parent)} cannot be written to: "
+            f"the tokens of {short_path(path)} stay in memory"
+        )
         return TokenFile(path, list(make()))
-    with _the_only_one(FileLock(f"{found}.lock"), progress and f"waiting for another process that tokenizes {short_path(path)}"):
+    with _the_only_one(
+        FileLock(f"{found}.lock"),
+        progress and f"waiting for another process that tokenizes {short_path(path)}",
+    ):
         if (whole := _whole(path, found)) is not None: return whole
-        for old in found.parent.glob(f"{name}.*.part"): old.unlink(missing_ok=True)  # of a writer that was killed
-        write_cache(found, unchanged(), dict(file=str(Path(path).resolve()), tokenizer=tokenizer.origin, kind=kind, chunk=chunk))
+        for old in found.parent.glob(f"{name}.*.part"):
+            old.unlink(missing_ok=True)  # of a writer that was killed
+        write_cache(
+            found, unchanged(),
+            dict(file=str(Path(path).resolve()), tokenizer=tokenizer.origin, kind=kind, chunk=chunk),
+        )
         return open_cache(path, found)
 
 # %% ../../nbs/data/24_cache.ipynb #whole
@@ -178,13 +212,17 @@ def write_cache(path: Path, batches: Iterable[pa.RecordBatch], facts: dict) -> N
         for batch in batches: writer.write_batch(batch)
 
 # %% ../../nbs/data/24_cache.ipynb #tokenized
-def _tokenized(path: Path, tokenizer: Tokenizer, kind: str, chunk: bool, workers: int | None, progress: bool) -> Iterator[pa.RecordBatch]:
+def _tokenized(
+    path: Path, tokenizer: Tokenizer, kind: str, chunk: bool, workers: int | None, progress: bool
+) -> Iterator[pa.RecordBatch]:
     "A record batch for each chunk of lines, in order"
     size = path.stat().st_size
     if workers is None: workers = available_cores() if size > 4 << 20 else 1
     work = partial(encode_lines, file=str(path), kind=kind, origin=tokenizer.origin, chunk=chunk)
     taken = deque()  # bytes of the chunks under way
-    with tqdm(total=size, unit="B", unit_scale=True, desc=f"tokenizing {path.name}", disable=not progress, delay=1) as bar:
+    with tqdm(
+        total=size, unit="B", unit_scale=True, desc=f"tokenizing {path.name}", disable=not progress, delay=1
+    ) as bar:
         rows, began = 0, time.perf_counter()
         for found in map_ordered(work, _noted(read_chunks(path), taken), workers):
             yield record_batch(found)
@@ -205,19 +243,39 @@ def cache_table(cache: str | Path | None = None) -> Table:
     rows = []
     for path in _ours(Path(cache or default_cache()), "arrow"):
         if (data := _whole("", path)) is None: continue
-        facts = {k.decode(): json.loads(v) for k, v in (pa.ipc.open_file(pa.memory_map(str(path))).schema.metadata or {}).items()}
-        rows.append((short_path(facts["file"]), facts["kind"], short_path(facts["tokenizer"]), data.lines, int(data.length.sum()), round(path.stat().st_size / 1e6, 2), time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))))
+        facts = {
+            k.decode(): json.loads(v)
+            for k, v in (pa.ipc.open_file(pa.memory_map(str(path))).schema.metadata or {}).items()
+        }
+        rows.append(
+            (
+                short_path(facts["file"]), facts["kind"], short_path(facts["tokenizer"]), data.lines,
+                int(data.length.sum()), round(path.stat().st_size / 1e6, 2),
+                time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime)),
+            )
+        )
     return Table(["file", "kind", "tokenizer", "rows", "tokens", "MB", "made"], rows, title="Token cache")
 
 
 def clear_cache(cache: str | Path | None = None) -> int:
-    "Delete the tokens that a cache folder holds, and nothing else in it; returns how many bytes that was. What is just being written stays."
+    "Delete the tokens in a cache folder, but nothing else and nothing half-written; returns the bytes freed."
     freed, folder = 0, Path(cache or default_cache())
-    for lock in {p.with_name(f"{p.name.split('.')[0]}.arrow.lock") for kind in ("arrow", "part", "arrow.lock") for p in _ours(folder, kind)}:
+    for lock in {
+        p.with_name(f"{p.name.split('.')[0]}.arrow.lock")
+        for kind in ("arrow", "part", "arrow.lock")
+        for p in _ours(folder, kind)
+    }:
         try:
-            with FileLock(lock).acquire(timeout=0): freed += sum(_delete(p) for p in folder.glob(f"{lock.name.split('.')[0]}.*") if not p.name.endswith(".lock"))
+            with FileLock(lock).acquire(timeout=0):
+                freed += sum(
+                    _delete(p)
+                    for p in folder.glob(f"{lock.name.split('.')[0]}.*")
+                    if not p.name.endswith(".lock")
+                )
         except Timeout: continue
-    return freed + sum(_delete(p) for p in (folder / "notes").glob("*.json") if re.fullmatch("[0-9a-f]{32}", p.stem))
+    return freed + sum(
+        _delete(p) for p in (folder / "notes").glob("*.json") if re.fullmatch("[0-9a-f]{32}", p.stem)
+    )
 
 
 def _ours(folder: Path, kind: str) -> list[Path]: return sorted(p for p in folder.glob(f"*.{kind}") if re.fullmatch(r"[0-9a-f]{24}(\.\d+-[0-9a-f]{8})?", p.name.removesuffix(f".{kind}")))

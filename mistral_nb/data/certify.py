@@ -43,7 +43,10 @@ class Certificate:
     def table(self) -> Table:
         "One row a comparison"
         said = lambda c: "the same" if c.same else f"differ at token {c.at}"
-        return Table(["compared with", "tokens", "ids", "ours", "theirs"], [(c.what, c.tokens, said(c), c.ours, c.theirs) for c in self.checks])
+        return Table(
+            ["compared with", "tokens", "ids", "ours", "theirs"],
+            [(c.what, c.tokens, said(c), c.ours, c.theirs) for c in self.checks],
+        )
 
     def __str__(self) -> str: return str(self.table())
 
@@ -54,25 +57,39 @@ class Certificate:
 # %% ../../nbs/data/21_certify.ipynb #certify-code
 def compare_ids(what: str, ours: list[int], theirs: list[int], tokenizer: Tokenizer) -> IdComparison:
     "Where two lists of ids differ first, with the text of the next eight tokens."
-    at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), None if len(ours) == len(theirs) else min(len(ours), len(theirs)))
+    at = next(
+        (i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b),
+        None if len(ours) == len(theirs) else min(len(ours), len(theirs)),
+    )
     if at is None: return IdComparison(what, len(ours))
     shown = lambda ids: one_line(tokenizer.decode(ids[at : at + 8], special=True), 40)
     return IdComparison(what, max(len(ours), len(theirs)), at, shown(ours), shown(theirs))
 
 
 def certify(sample: Sample, tokenizer: Tokenizer) -> Certificate:
-    "The ids before each trained answer against mistral-common in serving mode, and the whole against the folder's chat template; `SampleError` if this tokenizer cannot write it."
+    "The ids before each trained answer against a server's, the whole against the chat template; or `SampleError`."
     if isinstance(sample, TextSample): return Certificate(())
     encode(sample, tokenizer)
     every = [i for piece, _ in encode_messages(sample, tokenizer) for i in piece]
-    settings = [IdComparison("reasoning_effort", 0, 0, *odd)] if (odd := effort_mismatch(sample, tokenizer)) else []
-    return Certificate((*settings, *compare_with_servers(sample, tokenizer), *compare_with_template(sample, tokenizer, every)))
+    settings = (
+        [IdComparison("reasoning_effort", 0, 0, *odd)] if (odd := effort_mismatch(sample, tokenizer)) else []
+    )
+    return Certificate(
+        (
+            *settings, *compare_with_servers(sample, tokenizer),
+            *compare_with_template(sample, tokenizer, every),
+        )
+    )
 
 # %% ../../nbs/data/21_certify.ipynb #compare-with-servers
 def compare_with_servers(sample: ChatSample, tokenizer: Tokenizer) -> Iterator[IdComparison]:
     "The ids before each trained answer against those that a server sends."
     m, joins = sample.messages, tokenizer.number >= 7
-    starts = [i for i in range(len(m)) if isinstance(m[i], AssistantMessage) and not (joins and i and are_joined(m[i - 1], m[i]))]
+    starts = [
+        i
+        for i in range(len(m))
+        if isinstance(m[i], AssistantMessage) and not (joins and i and are_joined(m[i - 1], m[i]))
+    ]
     answers, done = iter(starts), []
     for ids, why in encode_messages(sample, tokenizer):
         if why in (TRAINED, ZERO, EARLIER):
@@ -84,14 +101,18 @@ def compare_with_servers(sample: ChatSample, tokenizer: Tokenizer) -> Iterator[I
 def compare_with_server(sample: ChatSample, i: int, ours: list[int], tokenizer: Tokenizer) -> IdComparison:
     "Whether a server sends the ids `ours` before message `i`."
     try: theirs = served_ids(replace(sample, messages=sample.messages[: i + 1]), tokenizer)
-    except ENCODING_ERRORS as e: return IdComparison(f"server, before message {i}", len(ours), 0, "", f"refused: {one_line(error_text(e), 60)}")
+    except ENCODING_ERRORS as e:
+        return IdComparison(
+            f"server, before message {i}", len(ours), 0, "", f"refused: {one_line(error_text(e), 60)}"
+        )
     return compare_ids(f"server, before message {i}", list(ours), theirs, tokenizer)
 
 # %% ../../nbs/data/21_certify.ipynb #compare-with-template
 def compare_with_template(sample: ChatSample, tokenizer: Tokenizer, ours: list[int]) -> list[IdComparison]:
-    "The comparison with the chat template in the tokenizer's folder, if transformers is installed and there is one."
+    "The comparison with the folder's chat template, if transformers is installed and there is one."
     folder = tokenizer.file.parent if tokenizer.file else None
-    if not folder or not any((folder / n).exists() for n in ("chat_template.jinja", "tokenizer_config.json")): return []
+    if not folder or not any((folder / n).exists() for n in ("chat_template.jinja", "tokenizer_config.json")):
+        return []
     try: from transformers import PreTrainedTokenizerFast
     except ImportError: return []
     try:
@@ -99,6 +120,9 @@ def compare_with_template(sample: ChatSample, tokenizer: Tokenizer, ours: list[i
         if not theirs.chat_template: return []
         row = to_row(sample)
         system = [] if sample.system_prompt is None else [dict(role="system", content=row["system_prompt"])]
-        ids = theirs.apply_chat_template(system + row["messages"], tools=row.get("available_tools"), return_dict=False)
-    except Exception as e: return [IdComparison("chat template", len(ours), 0, "", f"the template fails: {one_line(e, 60)}")]
+        ids = theirs.apply_chat_template(
+            system + row["messages"], tools=row.get("available_tools"), return_dict=False
+        )
+    except Exception as e:
+        return [IdComparison("chat template", len(ours), 0, "", f"the template fails: {one_line(e, 60)}")]
     return [compare_ids("chat template", ours, list(ids), tokenizer)]

@@ -37,7 +37,9 @@ from .tokens import as_finetune, check_vocab, load_tokenizer, Tokenizer, Tokeniz
 class CheckReport:
     "What `check` found; shows itself."
     files: list[FileReport]
-    settings: dict[str, Any]  # what counts: seq_len, batch_size, num_microbatches, max_steps, long_rows, packing
+    settings: dict[
+        str, Any
+    ]  # what counts: seq_len, batch_size, num_microbatches, max_steps, long_rows, packing
     version: str
     problems: list[str]  # why a training would refuse as a whole
     scratch: Any = field(default=None, repr=False)  # keeps its folder alive
@@ -61,13 +63,25 @@ class CheckReport:
 
     def rows_table(self) -> Table:
         "Rows of each file: kept, repaired, rejected"
-        row = lambda f: (short_path(f.file), "evaluation" if f.held_out else f.source.kind, len(f.state), *(f.rows(s) for s in (KEPT, REPAIRED, REJECTED)))
-        return Table(["file", "kind", "rows", "good", "repaired", "rejected"], [row(f) for f in self.files], title=f"Rows, tokenizer {self.version}")
+        row = lambda f: (
+            short_path(f.file), "evaluation" if f.held_out else f.source.kind, len(f.state),
+            *(f.rows(s) for s in (KEPT, REPAIRED, REJECTED)),
+        )
+        return Table(
+            ["file", "kind", "rows", "good", "repaired", "rejected"], [row(f) for f in self.files],
+            title=f"Rows, tokenizer {self.version}",
+        )
 
     def codes_table(self) -> Table:
         "Findings by code"
-        rows = [(c, "error" if c in ERRORS else "warning", self.counts[c], m) for c, m in FINDING_CODES.items() if self.counts[c]]
-        return Table(["code", "level", "rows", "meaning"], rows, title="Findings" if rows else "No findings", width=80)
+        rows = [
+            (c, "error" if c in ERRORS else "warning", self.counts[c], m)
+            for c, m in FINDING_CODES.items()
+            if self.counts[c]
+        ]
+        return Table(
+            ["code", "level", "rows", "meaning"], rows, title="Findings" if rows else "No findings", width=80
+        )
 
     def findings_table(self, code: str | None = None, n: int = 10) -> Table:
         "The first `n` findings of a code; without one, errors first, two of each code"
@@ -75,19 +89,42 @@ class CheckReport:
         if code is None:  # a few of each code say more than many of the first
             seen: Counter = Counter()
             some = [f for f in some if (seen.update([f.code]) or seen[f.code] <= 2)]
-        rows = [(short_path(f.file), f.line, f.code, one_line(f"{f.field}: {f.problem}" if f.field else f.problem, 120), f.before, f.after) for f in some[:n]]
+        rows = [
+            (
+                short_path(f.file), f.line, f.code,
+                one_line(f"{f.field}: {f.problem}" if f.field else f.problem, 120), f.before, f.after,
+            )
+            for f in some[:n]
+        ]
         return Table(["file", "line", "code", "what", "before", "after"], rows, title="Worst rows", width=100)
 
     def tokens_table(self) -> Table:
         "Tokens of each source, and how often a run of max_steps sees it"
         s, train = self.settings, self.data()
         weight = sum(d.source.weight for d in train)
-        if not sum(d.trained for d in train): return Table(["source", "rows", "tokens", "trained"], [(short_path(d.source.path), len(d.samples), d.tokens, d.trained) for d in train], title="Nothing to train on")
-        fill = compare_packings(train, s["seq_len"])["best fit" if s["packing"] == "best_fit" else "cut at row ends"].fill
+        if not sum(d.trained for d in train):
+            return Table(
+                ["source", "rows", "tokens", "trained"],
+                [(short_path(d.source.path), len(d.samples), d.tokens, d.trained) for d in train],
+                title="Nothing to train on",
+            )
+        fill = compare_packings(train, s["seq_len"])[
+            "best fit" if s["packing"] == "best_fit" else "cut at row ends"
+        ].fill
         per_step = s["seq_len"] * s["batch_size"] * s["num_microbatches"] * fill * s.get("world_size", 1)
         epochs = lambda d: s["max_steps"] * per_step * d.source.weight / weight / max(1, d.tokens)
-        rows = [(short_path(d.source.path), f"{d.source.weight / weight:.0%}", int((d.samples.part == 0).sum()), d.tokens, f"{d.trained / max(1, d.tokens):.0%}", round(max(1, d.tokens) / per_step / (d.source.weight / weight), 1), round(epochs(d), 2)) for d in train]
-        return Table(["source", "share", "rows", "tokens", "trained", "steps for an epoch", "epochs in the run"], rows, title=f"{s['max_steps']:,} steps of {per_step:,.0f} tokens, rows {fill:.1%} full")
+        rows = [
+            (
+                short_path(d.source.path), f"{d.source.weight / weight:.0%}",
+                int((d.samples.part == 0).sum()), d.tokens, f"{d.trained / max(1, d.tokens):.0%}",
+                round(max(1, d.tokens) / per_step / (d.source.weight / weight), 1), round(epochs(d), 2),
+            )
+            for d in train
+        ]
+        return Table(
+            ["source", "share", "rows", "tokens", "trained", "steps for an epoch", "epochs in the run"],
+            rows, title=f"{s['max_steps']:,} steps of {per_step:,.0f} tokens, rows {fill:.1%} full",
+        )
 
     def tables(self) -> list[Table]: return [self.rows_table(), self.codes_table(), *([self.findings_table()] if self.counts else []), *([self.tokens_table()] if self.data() else [])]
 
@@ -99,7 +136,11 @@ class CheckReport:
         "Whether training can start, and else why not"
         if self.problems: return "Training would refuse: " + "; ".join(self.problems)
         wrong = sum(f.rows(REPAIRED) + f.rows(REJECTED) for f in self.files)
-        return f"Training would refuse: {wrong:,} bad rows; write_corrected(), or --create-corrected, writes files without them" if not self.ok else "Training can start."
+        return (
+            f"Training would refuse: {wrong:,} bad rows; write_corrected(), or --create-corrected, writes files without them"
+            if not self.ok
+            else "Training can start."
+        )
 
     def picture(self) -> Picture:
         "Lengths, turns, trained share, packing, mix"
@@ -110,8 +151,16 @@ class CheckReport:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        shown = f'<img style="max-width:100%" alt="lengths, turns, trained share, packing and mix" src="data:image/png;base64,{base64.b64encode(self.picture()._repr_png_()).decode()}">' if any(d.tokens for d in self.data()) else ""
-        return "".join(t._repr_html_() for t in self.tables()) + shown + Table([self.verdict()], [])._repr_html_()
+        shown = (
+            f'<img style="max-width:100%" alt="lengths, turns, trained share, packing and mix" src="data:image/png;base64,{base64.b64encode(self.picture()._repr_png_()).decode()}">'
+            if any(d.tokens for d in self.data())
+            else ""
+        )
+        return (
+            "".join(t._repr_html_() for t in self.tables())
+            + shown
+            + Table([self.verdict()], [])._repr_html_()
+        )
 
     def write_corrected(self, also: Sequence[str] = ()) -> Table:
         "See `write_corrected`"
@@ -122,21 +171,42 @@ DROPPABLE = ("duplicate", "near-duplicate", "leak", "too-long", "no-trained", "b
 FIXABLE = (*DROPPABLE, "control-character", "lone-surrogate")
 
 
-def corrected_lines(file: FileReport, version: str, also: Sequence[str], dropped: dict[int, str], rejected: list[dict], tally: Counter) -> Iterator[bytes]:
+def corrected_lines(
+    file: FileReport, version: str, also: Sequence[str], dropped: dict[int, str], rejected: list[dict],
+    tally: Counter,
+) -> Iterator[bytes]:
     "The lines of a corrected file; fills `rejected` and counts."
     for n, line in read_lines(file.file):
         state, line = file.state[n - 1], line.removesuffix(b"\r")
         if state == REJECTED or n in dropped:
             tally["rejected"] += 1
-            rejected.append({"line": n, "reason": dropped.get(n) or why_refused(line, file, version), "text": line.decode("utf-8", "backslashreplace")})
+            rejected.append(
+                {
+                    "line": n, "reason": dropped.get(n) or why_refused(line, file, version),
+                    "text": line.decode("utf-8", "backslashreplace"),
+                }
+            )
             continue
-        row = repair_line(line, file.source.kind, version)[0] if state == REPAIRED else json.loads(line) if {"control-character", "lone-surrogate"} & set(also) else None
-        changed = row if row is None or "control-character" not in also else replace_characters(row, CONTROL, "")
+        row = (
+            repair_line(line, file.source.kind, version)[0]
+            if state == REPAIRED
+            else json.loads(line)
+            if {"control-character", "lone-surrogate"} & set(also)
+            else None
+        )
+        changed = (
+            row if row is None or "control-character" not in also else replace_characters(row, CONTROL, "")
+        )
         changed = changed if row is None or "lone-surrogate" not in also else replace_characters(changed)
         edited = state == REPAIRED or changed != row
         if changed != row and (error := why_refused(to_json_line(changed).encode(), file, version)):
             tally["rejected"] += 1
-            rejected.append({"line": n, "reason": f"without control characters: {error}", "text": line.decode("utf-8", "backslashreplace")})
+            rejected.append(
+                {
+                    "line": n, "reason": f"without control characters: {error}",
+                    "text": line.decode("utf-8", "backslashreplace"),
+                }
+            )
             continue
         tally["repaired" if edited else "kept"] += 1
         yield to_json_line(changed).encode() if edited else line
@@ -151,23 +221,36 @@ def why_refused(line: bytes, file: FileReport, version: str) -> str:
 # %% ../../nbs/data/34_check.ipynb #write-corrected
 def write_corrected(report: CheckReport, also: Sequence[str] = ()) -> Table:
     "Write a `.corrected` and, where rows are rejected, a `.rejected` file beside each file that needs one; returns what was written. Kept, repaired and rejected rows add up to all rows."
-    if unknown := set(also) - set(FIXABLE): raise ValueError(f"{', '.join(sorted(unknown))} cannot be mended: also takes {', '.join(FIXABLE)}")
+    if unknown := set(also) - set(FIXABLE):
+        raise ValueError(f"{', '.join(sorted(unknown))} cannot be mended: also takes {', '.join(FIXABLE)}")
     rows = []
     for f in report.files:
-        if over := [c for c in also if f.counts[c] > MAX_KEPT_FINDINGS and c in DROPPABLE]: raise ValueError(f"{f.file} has more than {MAX_KEPT_FINDINGS:,} rows of {', '.join(over)}: look for the cause first")
-        dropped = {x.line: f"{x.code}: {x.problem}" for x in f.findings if x.code in also and x.code in DROPPABLE}
+        if over := [c for c in also if f.counts[c] > MAX_KEPT_FINDINGS and c in DROPPABLE]:
+            raise ValueError(
+                f"{f.file} has more than {MAX_KEPT_FINDINGS:,} rows of {', '.join(over)}: look for the cause first"
+            )
+        dropped = {
+            x.line: f"{x.code}: {x.problem}" for x in f.findings if x.code in also and x.code in DROPPABLE
+        }
         if not (f.state != KEPT).any() and not any(f.counts[c] for c in also): continue
-        if file_digest(f.file) != f.digest: raise DataError(f"{f.file} changed since it was checked: check it again")
+        if file_digest(f.file) != f.digest:
+            raise DataError(f"{f.file} changed since it was checked: check it again")
         rejected: list[dict] = []
         tally: Counter = Counter()
         target = f.file.with_name(f.file.name + ".corrected")
-        write_atomic(target, (line + b"\n" for line in corrected_lines(f, report.version, also, dropped, rejected, tally)))
+        write_atomic(
+            target,
+            (line + b"\n" for line in corrected_lines(f, report.version, also, dropped, rejected, tally)),
+        )
         refused = f.file.with_name(f.file.name + ".rejected")
         if rejected: write_rows(rejected, refused, overwrite=True)
         else: refused.unlink(missing_ok=True)  # of an earlier state of the file
         assert sum(tally.values()) == len(f.state), "a row is not accounted for"
         rows.append((str(target.name), len(f.state), tally["kept"], tally["repaired"], tally["rejected"]))
-    return Table(["written", "rows", "kept", "repaired", "rejected"], rows, title="Corrected files" if rows else "Nothing to correct")
+    return Table(
+        ["written", "rows", "kept", "repaired", "rejected"], rows,
+        title="Corrected files" if rows else "Nothing to correct",
+    )
 
 # %% ../../nbs/data/34_check.ipynb #check
 def check(
@@ -181,7 +264,8 @@ def check(
     "Look at every line; see `CheckReport`."
     scratch = tempfile.TemporaryDirectory()
     folder = Path(scratch.name)
-    if isinstance(source, (str, Path)) and Path(source).suffix in (".yaml", ".yml"): source = load_args(source)
+    if isinstance(source, (str, Path)) and Path(source).suffix in (".yaml", ".yml"):
+        source = load_args(source)
     if isinstance(source, TrainArgs): return check_run(source, scratch, workers, progress)
     if not isinstance(source, (str, Path)):
         (folder / "rows").mkdir()
@@ -193,10 +277,18 @@ def check(
     if not one.path.exists(): raise FileNotFoundError(f"there is no {one.path}: looked in {Path.cwd()}")
     if problem := why_not_jsonl(one.path): raise ValueError(problem)
     found = jsonl_files(one.path)
-    files = [check_file(f, one, tokenizer, kind == "instruct", False, folder, None, workers, progress) for f in found]
+    files = [
+        check_file(f, one, tokenizer, kind == "instruct", False, folder, None, workers, progress)
+        for f in found
+    ]
     check_across_files(files, seq_len)
-    settings = dict(seq_len=seq_len, batch_size=1, num_microbatches=1, max_steps=100, long_rows="split", packing="best_fit", world_size=1)
-    return with_source_problems(CheckReport(files, settings, tokenizer.version, [], scratch, folder_notes(one.path)))
+    settings = dict(
+        seq_len=seq_len, batch_size=1, num_microbatches=1, max_steps=100, long_rows="split",
+        packing="best_fit", world_size=1,
+    )
+    return with_source_problems(
+        CheckReport(files, settings, tokenizer.version, [], scratch, folder_notes(one.path))
+    )
 
 # %% ../../nbs/data/34_check.ipynb #with-source-problems
 def _rows_to_check(source: Any, table: bool) -> Iterator[Any]:
@@ -222,17 +314,32 @@ def check_run(args: TrainArgs, scratch: Any, workers: int | None, progress: bool
     try: check_vocab(tokenizer, vocab_size_of(args.model_id_or_path, tokenizer.vocab_size))
     except TokenizerError as e: problems.append(str(e))
     chunk, cache, files = args.data.instruct.dynamic_chunk_fn_call, cache_folder(args.data.cache), []
-    for s, held_out in [*((s, False) for s in parse_run_sources(args.data.data, args.data.instruct_data)), *((s, True) for s in parse_run_sources("", args.data.eval_instruct_data))]:
+    for s, held_out in [
+        *((s, False) for s in parse_run_sources(args.data.data, args.data.instruct_data)),
+        *((s, True) for s in parse_run_sources("", args.data.eval_instruct_data)),
+    ]:
         problem = why_not_jsonl(s.path) if s.path.exists() else f"{s.path} does not exist"
         if problem: problems.append(problem)
         found = [] if problem else jsonl_files(s.path)
-        files += [check_file(f, s, tokenizer, chunk and not held_out, held_out, Path(scratch.name), cache, workers, progress) for f in found]
+        files += [
+            check_file(
+                f, s, tokenizer, chunk and not held_out, held_out, Path(scratch.name), cache, workers,
+                progress,
+            )
+            for f in found
+        ]
     check_across_files(files, args.seq_len) if files else None
-    settings = {k: getattr(args, k) for k in ("seq_len", "batch_size", "num_microbatches", "max_steps", "packing")} | {"long_rows": args.data.long_rows, "world_size": args.world_size or 1}
+    settings = {
+        k: getattr(args, k) for k in ("seq_len", "batch_size", "num_microbatches", "max_steps", "packing")
+    } | {"long_rows": args.data.long_rows, "world_size": args.world_size or 1}
     every = parse_run_sources(args.data.data, args.data.instruct_data)
-    report = CheckReport(files, settings, tokenizer.version, problems, scratch, [n for s in every for n in folder_notes(s.path)])
+    report = CheckReport(
+        files, settings, tokenizer.version, problems, scratch,
+        [n for s in every for n in folder_notes(s.path)],
+    )
     with_source_problems(report)
-    if args.data.long_rows == "error" and (n := report.counts["too-long"]): problems.append(f"{n:,} rows are longer than seq_len {args.seq_len:,}, and long_rows is error")
+    if args.data.long_rows == "error" and (n := report.counts["too-long"]):
+        problems.append(f"{n:,} rows are longer than seq_len {args.seq_len:,}, and long_rows is error")
     return report
 
 # %% ../../nbs/data/34_check.ipynb #vocab-size-of

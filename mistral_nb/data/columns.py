@@ -53,8 +53,7 @@ def to_columns(plans: list[tuple[int, int, EncodedPieces]]) -> dict[str, np.ndar
     trained = np.concatenate([[0], np.cumsum(why & 1, dtype=np.int64)])
     begins = ends[first[:-1]]
     return dict(
-        tokens=np.frombuffer(b"".join(parts), dtype=np.int32),
-        why=why,
+        tokens=np.frombuffer(b"".join(parts), dtype=np.int32), why=why,
         turns=(ends[:-1][turn] - begins[owner[turn]]).astype(np.int32),
         length=(ends[first[1:]] - begins).astype(np.int32),
         n_turns=np.bincount(owner[turn], minlength=len(plans)).astype(np.int32),
@@ -65,15 +64,19 @@ def to_columns(plans: list[tuple[int, int, EncodedPieces]]) -> dict[str, np.ndar
 
 # %% ../../nbs/data/23_columns.ipynb #cached-encoder
 @lru_cache(maxsize=2)
-def _encoders(tokenizer: Tokenizer) -> tuple[Encoder, SimpleRowEncoder]: return (found := Encoder(tokenizer)), SimpleRowEncoder(found)
+def _encoders(tokenizer: Tokenizer) -> tuple[Encoder, SimpleRowEncoder]:
+    encoder = Encoder(tokenizer)
+    return encoder, SimpleRowEncoder(encoder)
 
 
 def cached_encoder(origin: str) -> Encoder:
-    "The encoder of a tokenizer, see `Tokenizer.origin`; made once in each process, and again if the file is another."
+    "The encoder of a tokenizer by its `origin`; made once in each process, and again for another file."
     return _encoders(load_tokenizer(origin))[0]
 
 # %% ../../nbs/data/23_columns.ipynb #encode-lines
-def encode_lines(lines: NumberedLines, file: str, kind: str, origin: str, chunk: bool) -> dict[str, np.ndarray]:
+def encode_lines(
+    lines: NumberedLines, file: str, kind: str, origin: str, chunk: bool
+) -> dict[str, np.ndarray]:
     "Columns of some lines; the first bad one raises `SampleError`."
     (encoder, usual), out = _encoders(load_tokenizer(origin)), []
     with gc_paused():
@@ -84,13 +87,16 @@ def encode_lines(lines: NumberedLines, file: str, kind: str, origin: str, chunk:
                 out.append((n, 0, plan))
                 continue
             sample = parse_row(row, kind, where, encoder.tokenizer.version)
-            out += [(n, part, p) for part, p in enumerate(encoder.plans(sample, where, chunk and kind == "instruct"))]
+            out += [
+                (n, part, p)
+                for part, p in enumerate(encoder.plans(sample, where, chunk and kind == "instruct"))
+            ]
         return to_columns(out)
 
 # %% ../../nbs/data/23_columns.ipynb #gc-paused
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    "Without the collector of reference cycles, of which there are hardly any here; it would look for them all the time."
+    "Without the collector of reference cycles: there are hardly any, and it would look all the time."
     was = gc.isenabled()
     gc.disable()
     try: yield
@@ -99,26 +105,54 @@ def gc_paused() -> Iterator[None]:
 
 # %% ../../nbs/data/23_columns.ipynb #token-file
 LIST_COLUMNS = dict(tokens=("length", pa.int32()), why=("length", pa.uint8()), turns=("n_turns", pa.int32()))
-TOKEN_SCHEMA = pa.schema([(k, pa.list_(t)) for k, (_, t) in LIST_COLUMNS.items()] + [(k, pa.int32()) for k in ("line", "part", "trained")])
+TOKEN_SCHEMA = pa.schema(
+    [(k, pa.list_(t)) for k, (_, t) in LIST_COLUMNS.items()]
+    + [(k, pa.int32()) for k in ("line", "part", "trained")]
+)
 
 
 def record_batch(found: dict[str, np.ndarray]) -> pa.RecordBatch:
     "Columns as Arrow, without copying ids."
     ends = lambda sizes: pa.array(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32))
-    lists = [pa.ListArray.from_arrays(ends(found[size]), pa.array(found[k], type=t)) for k, (size, t) in LIST_COLUMNS.items()]
-    return pa.RecordBatch.from_arrays(lists + [pa.array(found[k]) for k in ("line", "part", "trained")], schema=TOKEN_SCHEMA)
+    lists = [
+        pa.ListArray.from_arrays(ends(found[size]), pa.array(found[k], type=t))
+        for k, (size, t) in LIST_COLUMNS.items()
+    ]
+    return pa.RecordBatch.from_arrays(
+        lists + [pa.array(found[k]) for k in ("line", "part", "trained")], schema=TOKEN_SCHEMA
+    )
 
 # %% ../../nbs/data/23_columns.ipynb #tokenfile
 class TokenFile:
-    "The samples of one file: small arrays with an entry a sample, and ids that stay on the disk until asked for."
+    "The samples of a file: small arrays with an entry each, and ids that stay on the disk until asked for."
 
     def __init__(self, file: str | Path, batches: Iterable[pa.RecordBatch], path: Path | None = None):
-        self.file, self.path, self._data, parts = Path(file), path, [], {k: [np.zeros(0, np.int32)] for k in ("start", "length", "batch", "n_turns", "line", "part", "trained")}
+        self.file, self.path, self._data, parts = (
+            Path(file),
+            path,
+            [],
+            {
+                k: [np.zeros(0, np.int32)]
+                for k in ("start", "length", "batch", "n_turns", "line", "part", "trained")
+            },
+        )
         for k, b in enumerate(batches):
             ends = b.column("tokens").offsets.to_numpy()
-            self._data.append(([b.column(c).values.to_numpy(zero_copy_only=True) for c in ("tokens", "why")], b.column("turns")))
-            for name, values in dict(start=ends[:-1], length=np.diff(ends), batch=np.full(len(b), k), n_turns=b.column("turns").value_lengths().to_numpy(), **{c: b.column(c).to_numpy() for c in ("line", "part", "trained")}).items(): parts[name].append(values)
-        self.start, self.length, self.batch, self.n_turns, self.line, self.part, self.trained = (np.concatenate(v).astype(np.int32) for v in parts.values())
+            self._data.append(
+                (
+                    [b.column(c).values.to_numpy(zero_copy_only=True) for c in ("tokens", "why")],
+                    b.column("turns"),
+                )
+            )
+            for name, values in dict(
+                start=ends[:-1], length=np.diff(ends), batch=np.full(len(b), k),
+                n_turns=b.column("turns").value_lengths().to_numpy(),
+                **{c: b.column(c).to_numpy() for c in ("line", "part", "trained")},
+            ).items():
+                parts[name].append(values)
+        self.start, self.length, self.batch, self.n_turns, self.line, self.part, self.trained = (
+            np.concatenate(v).astype(np.int32) for v in parts.values()
+        )
 
     @classmethod
     def join(cls, files: list["TokenFile"]) -> "TokenFile":
@@ -126,8 +160,11 @@ class TokenFile:
         if len(files) == 1: return files[0]
         out, shift = cls("", []), np.cumsum([0, *(len(f._data) for f in files)])
         out._data = [d for f in files for d in f._data]
-        for name in ("start", "length", "n_turns", "line", "part", "trained"): setattr(out, name, np.concatenate([np.zeros(0, np.int32), *(getattr(f, name) for f in files)]))
-        out.batch = np.concatenate([np.zeros(0, np.int32), *(f.batch + s for f, s in zip(files, shift))]).astype(np.int32)
+        for name in ("start", "length", "n_turns", "line", "part", "trained"):
+            setattr(out, name, np.concatenate([np.zeros(0, np.int32), *(getattr(f, name) for f in files)]))
+        out.batch = np.concatenate(
+            [np.zeros(0, np.int32), *(f.batch + s for f, s in zip(files, shift))]
+        ).astype(np.int32)
         return out
 
     def __len__(self) -> int: return len(self.length)
@@ -138,7 +175,9 @@ class TokenFile:
     def places(self, numbers: list[int]) -> list[tuple[np.ndarray, np.ndarray, int]]:
         "For each sample the arrays of tokens and reasons that hold it, and where it begins in them"
         data = self._data
-        return [(*data[b][0], at) for b, at in zip(self.batch[numbers].tolist(), self.start[numbers].tolist())]
+        return [
+            (*data[b][0], at) for b, at in zip(self.batch[numbers].tolist(), self.start[numbers].tolist())
+        ]
 
     def turns(self, i: int) -> tuple[int, ...]:
         "Where the turns of sample `i` begin"
@@ -151,7 +190,9 @@ class TokenFile:
         tokens, why = (a[at : at + self.length[i]] for a in (tokens, why))
         return TokenSample(tokens, (why & 1).astype(bool), why, self.turns(i))
 
-    def __repr__(self) -> str: return f"TokenFile({self.file.name}, {self.lines:,} lines, {len(self):,} samples, {self.length.sum():,} tokens)"
+    def __repr__(self) -> str:
+        counts = f"{self.lines:,} lines, {len(self):,} samples, {self.length.sum():,} tokens"
+        return f"TokenFile({self.file.name}, {counts})"
 
 # %% ../../nbs/data/23_columns.ipynb #open-cache
 def open_cache(file: str | Path, path: Path) -> TokenFile:

@@ -61,7 +61,8 @@ def content_part(part: Any, notes: list[str]) -> dict:
     if kind in ("input_text", "output_text"): kind = "text"
     if kind == "thinking":
         thought = found.get("thinking")
-        if isinstance(thought, list): thought = "".join(content_part(p, notes).get("text", "") for p in thought)
+        if isinstance(thought, list):
+            thought = "".join(content_part(p, notes).get("text", "") for p in thought)
         out = {"type": "thinking", "thinking": message_text(thought, "a thought")}
         if (closed := found.get("closed")) is False: out["closed"] = closed
     elif kind == "text" and isinstance(found.get("text"), str | None):
@@ -90,7 +91,9 @@ def message_content(value: Any, role: str, notes: list[str]) -> str | list[dict]
 def _is_data(value: Any) -> bool:
     "Whether a value is data, and not a text or its parts"
     if isinstance(value, bool): return True
-    if not isinstance(value, list) or any(isinstance(p, dict) and p.get("type") in MEDIA_PARTS for p in value):
+    if not isinstance(value, list) or any(
+        isinstance(p, dict) and p.get("type") in MEDIA_PARTS for p in value
+    ):
         return False
     return any(not isinstance(p, dict | str) or isinstance(p, dict) and "text" not in p for p in value)
 
@@ -110,7 +113,9 @@ THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 def add_thoughts(message: UsedKeys, content: Any, keep: bool, notes: list[str]) -> Any:
     "The content of an answer with its thoughts as parts; without `keep` they are left out, or stay words."
-    thought = next((t for k in THOUGHT_KEYS if isinstance(t := message.thing.get(k), str) and t.strip()), None)
+    thought = next(
+        (t for k in THOUGHT_KEYS if isinstance(t := message.thing.get(k), str) and t.strip()), None
+    )
     if thought is not None:
         for key in THOUGHT_KEYS:
             if message.thing.get(key) in (thought, None): message.get(key)

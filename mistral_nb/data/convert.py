@@ -39,9 +39,10 @@ FLAG_KEYS = (  # that say it with 0 and 1, too
 
 
 def refuse_unwanted(row: UsedKeys, is_text: bool) -> list[str]:
-    "Notes about marks that let a row pass; `RefusedRowError` if it is marked as not wanted, or holds more than text."
+    "Notes about marks that let a row pass; `RefusedRowError` if it is not wanted, or holds more than text."
     for key in MEDIA_KEYS:
-        if row.thing.get(key): raise RefusedRowError(f"{key} holds more than text, and only text can be trained on")
+        if row.thing.get(key):
+            raise RefusedRowError(f"{key} holds more than text, and only text can be trained on")
     notes = []
     for keys, good in ((APPROVAL_KEYS, 1), (REJECTION_KEYS, 0)):
         for key in [k for k in keys if k in row.thing]:
@@ -77,7 +78,9 @@ def oddity_notes(row: dict) -> set[str]:
     return notes
 
 # %% ../../nbs/data/19_convert.ipynb #row
-PASSED_KEYS = ("only_last", "reasoning_effort", "settings")  # what training also reads; the last two from v15 on
+PASSED_KEYS = (
+    "only_last", "reasoning_effort", "settings",
+)  # what training also reads; the last two from v15 on
 
 
 def convert_row(
@@ -118,7 +121,9 @@ def _converted(row: UsedKeys, form: Any, how: MessageReader) -> tuple[dict, list
         if m["role"] == "assistant" and weight is not None: m["weight"] = min(weight, m.get("weight", 1))
     if draft.tools: out["tools"] = draft.tools
     passed = PASSED_KEYS if how.version is None or how.version >= 15 else PASSED_KEYS[:1]
-    if not isinstance(row.thing.get("settings"), dict) or set(REQUEST_SETTINGS).isdisjoint(row.thing["settings"]):
+    if not isinstance(row.thing.get("settings"), dict) or set(REQUEST_SETTINGS).isdisjoint(
+        row.thing["settings"]
+    ):
         passed = passed[:2]  # somebody's notes
     out |= {k: row.get(k) for k in passed if row.thing.get(k) is not None}
     if row.thing.get("available_tools") == []: out.setdefault("only_last", True)
@@ -144,7 +149,9 @@ def _try(row: dict) -> None:
     both = any(m.get("tool_calls") and m.get("content") for m in row["messages"])
     try: parse_row(row, version="v13" if thinks else "v7" if both else "v3")
     except SampleError as e:
-        raise RefusedRowError(f"training would refuse the row ({e.code})", f"{e.where.field}: {e.problem}") from None
+        raise RefusedRowError(
+            f"training would refuse the row ({e.code})", f"{e.where.field}: {e.problem}"
+        ) from None
 
 # %% ../../nbs/data/19_convert.ipynb #result
 @dataclass(eq=False)
@@ -187,8 +194,7 @@ class Conversion:
     def table(self, most: int = 20) -> Table:
         "Counts: rows in, converted, refused by reason, changed by what"
         rows = [
-            ("rows", self.kept + len(self.refused)),
-            ("converted", self.kept),
+            ("rows", self.kept + len(self.refused)), ("converted", self.kept),
             ("refused", len(self.refused)),
         ]
         for name, counts in (("refused", self.reasons), ("note", Counter(self.notes))):
@@ -226,7 +232,8 @@ def convert(
     if to is not None and Path(to).exists() and not overwrite:
         raise FileExistsError(f"{to} is there already: choose another name, or overwrite=True")
     if format is None: format = guess_format(source).name
-    if format not in FORMATS: raise ValueError(f"there is no format {format!r}: one of {', '.join(READ_FORMATS)}")
+    if format not in FORMATS:
+        raise ValueError(f"there is no format {format!r}: one of {', '.join(READ_FORMATS)}")
     out, notes, stream = Conversion(format, [], [], {}), Counter(), read_rows(source)
     rows = kept_rows(stream, out, notes, seed, None if version is None else int(str(version).lstrip("v")))
     if to is None: out.rows = list(rows)
@@ -238,7 +245,9 @@ def convert(
     return out
 
 # %% ../../nbs/data/19_convert.ipynb #kept-rows
-def kept_rows(stream: Rows, out: Conversion, notes: Counter, seed: int, version: int | None) -> Iterator[dict]:
+def kept_rows(
+    stream: Rows, out: Conversion, notes: Counter, seed: int, version: int | None
+) -> Iterator[dict]:
     "The converted rows of a stream; `out` and `notes` count on the way."
     for number, (where, row) in enumerate(stream):
         try:
@@ -271,7 +280,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def write_refused(done: Conversion, to: str | Path) -> Path | None:
-    "Write the refused rows beside `to`, or remove those of an earlier time; returns the file if there is one."
+    "Write the refused rows beside `to`, or remove older ones; returns the file if there is one."
     path = refused_file(to)
     if done.refused: write_rows(done.refused, path, overwrite=True)
     else: path.unlink(missing_ok=True)

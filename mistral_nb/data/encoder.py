@@ -47,24 +47,48 @@ def int32_bytes(ids: Any) -> bytes:
 
 # %% ../../nbs/data/22_encoder.ipynb #byte-pairs-code
 def byte_pairs(model: Any) -> tuple[tiktoken.Encoding, list[list[int]], list[str]]:
-    "A SentencePiece model as tiktoken's ranks, what each rank is in ids, and the symbols that are found as a whole."
+    "A SentencePiece model as tiktoken's ranks, what each rank is in ids, and symbols that are found whole."
     every = [(i, model.id_to_piece(i)) for i in range(model.vocab_size())]
     single = {int(p[3:-1], 16): i for i, p in every if model.is_byte(i)}
-    pieces = {p.replace("▁", " "): i for i, p in every if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))}
-    whole = [p for p, i in pieces.items() if len(p) > 1 and model.get_score(i) >= 0]  # pieces that were merged have scores below 0
+    pieces = {
+        p.replace("▁", " "): i
+        for i, p in every
+        if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))
+    }
+    whole = [
+        p for p, i in pieces.items() if len(p) > 1 and model.get_score(i) >= 0
+    ]  # pieces that were merged have scores below 0
     letters = [p.encode() for p in pieces if len(p) == 1 and len(p.encode()) > 1]
-    merged = sorted((p for p in pieces if len(p) > 1 and p not in whole), key=lambda p: -model.get_score(pieces[p]))
+    merged = sorted(
+        (p for p in pieces if len(p) > 1 and p not in whole), key=lambda p: -model.get_score(pieces[p])
+    )
     begun = sorted({c[:k] for c in letters for k in range(2, len(c))} - set(letters), key=len)
     order = [bytes([b]) for b in range(256)] + begun + letters + [p.encode() for p in merged]
-    ids = [[pieces[t]] if (t := b.decode("utf-8", "replace")) in pieces and t.encode() == b else [single[x] for x in b] for b in order]
-    return tiktoken.Encoding("pieces", pat_str=_CUTS, mergeable_ranks={b: k for k, b in enumerate(order)}, special_tokens={}), ids, whole
+    ids = [
+        [pieces[t]]
+        if (t := b.decode("utf-8", "replace")) in pieces and t.encode() == b
+        else [single[x] for x in b]
+        for b in order
+    ]
+    return (
+        tiktoken.Encoding(
+            "pieces", pat_str=_CUTS, mergeable_ranks={b: k for k, b in enumerate(order)}, special_tokens={}
+        ),
+        ids,
+        whole,
+    )
 
 # %% ../../nbs/data/22_encoder.ipynb #piece-encoder
 def piece_encoder(model: Any) -> Callable[[str], bytes] | None:
     "A function from text to ids that equals `model.encode`; None for a vocabulary of another kind."
     pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
-    kept = lambda text: model.decode(model.encode(text)) == text and model.encode(text, out_type=str)[0].startswith("▁")
-    if any("▁" in p.lstrip("▁") or "\n" in p for p in pieces) or not all(map(kept, ("a  b c ", "  a", "ﬁ①Å"))): return None
+    kept = lambda text: (
+        model.decode(model.encode(text)) == text and model.encode(text, out_type=str)[0].startswith("▁")
+    )
+    if any("▁" in p.lstrip("▁") or "\n" in p for p in pieces) or not all(
+        map(kept, ("a  b c ", "  a", "ﬁ①Å"))
+    ):
+        return None
     fast, ids, whole = byte_pairs(model)
     if any("[" not in w for w in whole): return None
     size, flat = np.array([len(i) for i in ids]), np.array([i for part in ids for i in part], dtype=np.int32)
@@ -72,12 +96,20 @@ def piece_encoder(model: Any) -> Callable[[str], bytes] | None:
     first, apart = flat[start], size > 1
 
     def encode(text: str) -> bytes:
-        if not text or needs_slow_path(text) or "[" in text and any(w in text for w in whole): return int32_bytes(model.encode(text))
-        ranks = fast.encode_to_numpy(" " + text, disallowed_special=())  # the model puts a space before every text
+        if not text or needs_slow_path(text) or "[" in text and any(w in text for w in whole):
+            return int32_bytes(model.encode(text))
+        ranks = fast.encode_to_numpy(
+            " " + text, disallowed_special=()
+        )  # the model puts a space before every text
         if not apart[ranks].any(): return first[ranks].tobytes()
         n = size[ranks]  # beginnings of characters that are not in the vocabulary
         return flat[np.repeat(start[ranks] - np.cumsum(n) + n, n) + np.arange(n.sum())].tobytes()
-    spaces = (f"{before}{' ' * n}{behind}" for n in range(1, 80) for before in ("", "a") for behind in ("", "a", "\n"))
+    spaces = (
+        f"{before}{' ' * n}{behind}"
+        for n in range(1, 80)
+        for before in ("", "a")
+        for behind in ("", "a", "\n")
+    )
     return encode if all(encode(t) == int32_bytes(model.encode(t)) for t in spaces) else None
 
 # %% ../../nbs/data/22_encoder.ipynb #text-encoder
@@ -89,7 +121,9 @@ def text_encoder(tokenizer: Tokenizer) -> Callable[[str], bytes]:
     strict = lambda text: int32_bytes(base.encode(text, bos=False, eos=False))
     if not isinstance(base, Tekkenizer) or not hasattr(model, "encode_to_numpy"): return strict
     shift = base.num_special_tokens
-    return lambda text: strict(text) if needs_slow_path(text) else int32_bytes(model.encode_to_numpy(text) + np.uint32(shift))
+    return lambda text: (
+        strict(text) if needs_slow_path(text) else int32_bytes(model.encode_to_numpy(text) + np.uint32(shift))
+    )
 
 # %% ../../nbs/data/22_encoder.ipynb #placeholders
 EncodedPieces = tuple[list[bytes], list[int]]  # ids and reason of each piece of a sample
@@ -103,7 +137,8 @@ class PlaceholderTokenizer:
     def __getattr__(self, name: str) -> Any: return getattr(self.base, name)
 
     @property
-    def __class__(self) -> type: return type(self.base)  # from v13 on, mistral-common asks whether this is a Tekkenizer
+    def __class__(self) -> type:  # from v13 on, mistral-common asks whether this is a Tekkenizer
+        return type(self.base)
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         "One number for the text, between the control tokens asked for"
@@ -124,20 +159,30 @@ class Encoder:
     def bytes_of(self, ids: list[int], texts: list[bytes]) -> bytes:
         "Control tokens and texts, in place of a layout's numbers"
         control = self.control
-        return b"".join([texts[-1 - i] if i < 0 else control.get(i) or control.setdefault(i, int32_bytes([i])) for i in ids])
+        return b"".join(
+            [
+                texts[-1 - i] if i < 0 else control.get(i) or control.setdefault(i, int32_bytes([i]))
+                for i in ids
+            ]
+        )
 
     def plans(self, sample: Sample, where: Location = Location(), chunk: bool = False) -> list[EncodedPieces]:
-        "The sample, and with `chunk` its shorter beginnings (see `prefixes`), as bytes of ids and reasons; `SampleError` as from `encode`"
+        "The sample, and with `chunk` its shorter beginnings, as bytes of ids and reasons; errors as of `encode`"
         try:
             if isinstance(sample, TextSample): return [text_pieces(self, sample.text)]
             self.names.texts, memo, done = {}, {}, {}
             every = with_prefixes(sample, self.tokenizer) if chunk else [sample]
             plans = [encode_messages(s, self.tokenizer, self.writer, memo) for s in every]
             texts = [self.encode_text(t) for t in self.names.texts]
-            for ids in {id(ids): ids for plan in plans for ids, _ in plan}.values(): done[id(ids)] = self.bytes_of(ids, texts)  # beginnings share messages
+            for ids in {id(ids): ids for plan in plans for ids, _ in plan}.values():
+                done[id(ids)] = self.bytes_of(ids, texts)  # beginnings share messages
             return [([done[id(ids)] for ids, _ in plan], [why for _, why in plan]) for plan in plans]
         except ENCODING_ERRORS:
-            strict = encode_with_prefixes(sample, self.tokenizer, where) if chunk else [encode(sample, self.tokenizer, where)]  # says what is wrong
+            strict = (
+                encode_with_prefixes(sample, self.tokenizer, where)
+                if chunk
+                else [encode(sample, self.tokenizer, where)]
+            )  # says what is wrong
             return [sample_pieces(s) for s in strict]
 
     def samples(self, sample: Sample, where: Location = Location(), chunk: bool = False) -> list[TokenSample]:
@@ -154,7 +199,9 @@ def text_pieces(encoder: Encoder, text: str) -> EncodedPieces:
 def sample_pieces(sample: TokenSample) -> EncodedPieces:
     "A token sample as a plan, a piece for each run of one reason; its turns are where questions begin."
     cuts = np.flatnonzero(np.diff(sample.why)) + 1
-    return [p.tobytes() for p in np.split(sample.tokens, cuts)], [int(w[0]) for w in np.split(sample.why, cuts) if len(w)]
+    return [p.tobytes() for p in np.split(sample.tokens, cuts)], [
+        int(w[0]) for w in np.split(sample.why, cuts) if len(w)
+    ]
 
 
 def to_token_sample(plan: EncodedPieces) -> TokenSample:
@@ -162,10 +209,16 @@ def to_token_sample(plan: EncodedPieces) -> TokenSample:
     parts, reasons = plan
     lengths = [len(p) // 4 for p in parts]
     why = np.repeat(np.array(reasons, dtype=np.uint8), lengths)
-    return TokenSample(np.frombuffer(b"".join(parts), dtype=np.int32), (why & 1).astype(bool), why, turn_starts(reasons, lengths))
+    return TokenSample(
+        np.frombuffer(b"".join(parts), dtype=np.int32), (why & 1).astype(bool), why,
+        turn_starts(reasons, lengths),
+    )
 
 # %% ../../nbs/data/22_encoder.ipynb #usual
-_OTHER = {"interactions", "tools", "available_tools", "system_prompt", "only_last", "reasoning_effort", "settings"}
+_OTHER = {
+    "interactions", "tools", "available_tools", "system_prompt", "only_last", "reasoning_effort",
+    "settings",
+}
 _ROLES = {"system": "s", "user": "u", "assistant": "a"}
 _TURNS = re.compile("s?(ua)+")
 _MARK = re.compile("(\ue000\\d+\ue001)")
@@ -173,12 +226,24 @@ _MARK = re.compile("(\ue000\\d+\ue001)")
 
 def parse_simple_row(row: Any) -> tuple[str, list[str]] | None:
     "The roles of a usual row as letters, and its texts; None for any other."
-    if type(row) is not dict or type(messages := row.get("messages")) is not list or not _OTHER.isdisjoint(row): return None
+    if (
+        type(row) is not dict
+        or type(messages := row.get("messages")) is not list
+        or not _OTHER.isdisjoint(row)
+    ):
+        return None
     roles, texts = [], []
     for m in messages:
         if type(m) is not dict or len(m) != 2: return None
         role, text = m.get("role"), m.get("content")
-        if type(text) is not str or not text or text[0].isspace() or text[-1].isspace() or type(role) is not str: return None
+        if (
+            type(text) is not str
+            or not text
+            or text[0].isspace()
+            or text[-1].isspace()
+            or type(role) is not str
+        ):
+            return None
         roles.append(_ROLES.get(role, "?"))
         texts.append(text)
     order = "".join(roles)
@@ -193,7 +258,10 @@ class SimpleRowEncoder:
     def template(self, order: str) -> list[tuple[list[int | list[str]], int]]:
         "A layout in which texts are lists of literal text and marks"
         names = {v: k for k, v in _ROLES.items()}
-        marked = parse_chat({"messages": [{"role": names[r], "content": f"\ue000{i}\ue001"} for i, r in enumerate(order)]}, version=self.encoder.tokenizer.version)
+        marked = parse_chat(
+            {"messages": [{"role": names[r], "content": f"\ue000{i}\ue001"} for i, r in enumerate(order)]},
+            version=self.encoder.tokenizer.version,
+        )
         self.encoder.names.texts = {}
         plan = encode_messages(marked, self.encoder.tokenizer, self.encoder.writer)
         texts = [[p for p in _MARK.split(t) if p] for t in self.encoder.names.texts]
@@ -206,7 +274,21 @@ class SimpleRowEncoder:
         try:
             if order not in self.known: self.known[order] = self.template(order)
             encode, control = self.encoder.encode_text, self.encoder.control
-            filled_in = lambda part: encode(texts[int(part[0][1:-1])] if len(part) == 1 else "".join(texts[int(p[1:-1])] if p[0] == "\ue000" else p for p in part))
-            parts = [b"".join([filled_in(i) if type(i) is list else control.get(i) or control.setdefault(i, int32_bytes([i])) for i in ids]) for ids, _ in self.known[order]]
+            filled_in = lambda part: encode(
+                texts[int(part[0][1:-1])]
+                if len(part) == 1
+                else "".join(texts[int(p[1:-1])] if p[0] == "\ue000" else p for p in part)
+            )
+            parts = [
+                b"".join(
+                    [
+                        filled_in(i)
+                        if type(i) is list
+                        else control.get(i) or control.setdefault(i, int32_bytes([i]))
+                        for i in ids
+                    ]
+                )
+                for ids, _ in self.known[order]
+            ]
         except (*ENCODING_ERRORS, SampleError): return None
         return parts, [why for _, why in self.known[order]]

@@ -35,7 +35,9 @@ KEPT, REPAIRED, REJECTED = range(3)
 MAX_KEPT_FINDINGS = 1000  # findings of one code of one file that are kept in full; all are counted
 
 
-def check_line(n: int, line: bytes, file: str, kind: str, encoder: Any, chunk: bool) -> tuple[int, list[Finding], Sample | None, list[TokenSample]]:
+def check_line(
+    n: int, line: bytes, file: str, kind: str, encoder: Any, chunk: bool
+) -> tuple[int, list[Finding], Sample | None, list[TokenSample]]:
     "State, findings, sample and tokens of one line."
     where, version = Location(file, n), encoder.tokenizer.version
 
@@ -49,7 +51,8 @@ def check_line(n: int, line: bytes, file: str, kind: str, encoder: Any, chunk: b
     try:
         row, notes = repair_line(line, kind, version)
         odd, sample, tokens = accepted(row)
-    except (RefusedRowError, SampleError, RecursionError, TypeError, ValueError, KeyError, AttributeError): return REJECTED, [error], None, []
+    except (RefusedRowError, SampleError, RecursionError, TypeError, ValueError, KeyError, AttributeError):
+        return REJECTED, [error], None, []
     before, after = row_diff(line, row)
     problem = error.problem + (f"; repaired: {', '.join(notes)}" if notes else "")
     return REPAIRED, [replace(error, problem=problem, before=before, after=after), *odd], sample, tokens
@@ -57,7 +60,9 @@ def check_line(n: int, line: bytes, file: str, kind: str, encoder: Any, chunk: b
 # %% ../../nbs/data/33_examine.ipynb #to-finding
 def to_finding(error: SampleError, file: str, line: int) -> Finding:
     "An error of the schema or the tokenizer as a finding."
-    return Finding(error.code, file, line, error.where.field, error.problem + (f" ({error.hint})" if error.hint else ""))
+    return Finding(
+        error.code, file, line, error.where.field, error.problem + (f" ({error.hint})" if error.hint else "")
+    )
 
 # %% ../../nbs/data/33_examine.ipynb #check-lines-code
 def check_lines(lines: NumberedLines, file: str, kind: str, origin: str, chunk: bool) -> dict[str, Any]:
@@ -70,7 +75,10 @@ def check_lines(lines: NumberedLines, file: str, kind: str, origin: str, chunk: 
         found["hash"].append(0 if sample is None else row_hash(sample))
         found["signature"].append(np.zeros(32, np.uint32) if sample is None else minhash(sample))
         samples += [(n, part, sample_pieces(t)) for part, t in enumerate(tokens)]
-    return dict(found, state=np.array(found["state"], np.uint8), hash=np.array(found["hash"], np.uint64), signature=np.array(found["signature"], np.uint32).reshape(-1, 32), columns=to_columns(samples))
+    return dict(
+        found, state=np.array(found["state"], np.uint8), hash=np.array(found["hash"], np.uint64),
+        signature=np.array(found["signature"], np.uint32).reshape(-1, 32), columns=to_columns(samples),
+    )
 
 # %% ../../nbs/data/33_examine.ipynb #check-file
 @dataclass(eq=False)
@@ -96,22 +104,40 @@ class FileReport:
     def rows(self, state: int) -> int: return int((self.state == state).sum())
 
 # %% ../../nbs/data/33_examine.ipynb #check-file-code
-def check_file(file: Path, source: Source, tokenizer: Tokenizer, chunk: bool, held_out: bool, scratch: Path, cache: Path | None, workers: int | None, progress: bool) -> FileReport:
+def check_file(
+    file: Path, source: Source, tokenizer: Tokenizer, chunk: bool, held_out: bool, scratch: Path,
+    cache: Path | None, workers: int | None, progress: bool,
+) -> FileReport:
     "Read a file once; its tokens go to the cache if every line is good, else to a scratch file."
     before = file_digest(file)
     work = partial(check_lines, file=str(file), kind=source.kind, origin=tokenizer.origin, chunk=chunk)
-    out = FileReport(file, source, held_out, *(np.zeros(0, np.uint8),) * 3, Counter(), [], TokenFile(file, []), tokenizer.origin, before)
-    parts: dict[str, list] = {k: [np.zeros((0, 32) if k == "signature" else 0, t)] for k, t in dict(state=np.uint8, hash=np.uint64, signature=np.uint32).items()}
+    out = FileReport(
+        file, source, held_out, *(np.zeros(0, np.uint8),) * 3, Counter(), [], TokenFile(file, []),
+        tokenizer.origin, before,
+    )
+    parts: dict[str, list] = {
+        k: [np.zeros((0, 32) if k == "signature" else 0, t)]
+        for k, t in dict(state=np.uint8, hash=np.uint64, signature=np.uint32).items()
+    }
 
     def batches() -> Iterator[Any]:
-        with tqdm(total=None, unit=" rows", desc=f"checking {one_line(file.name, 40)}", disable=not progress, delay=1) as bar:
-            for found in map_ordered(work, read_chunks(file), workers or (available_cores() if file.stat().st_size > 4 << 20 else 1)):
+        with tqdm(
+            total=None, unit=" rows", desc=f"checking {one_line(file.name, 40)}", disable=not progress,
+            delay=1,
+        ) as bar:
+            for found in map_ordered(
+                work, read_chunks(file),
+                workers or (available_cores() if file.stat().st_size > 4 << 20 else 1),
+            ):
                 for k in parts: parts[k].append(found[k])
                 for f in found["findings"]: out.add(f)
                 bar.update(len(found["state"]))
                 yield record_batch(found["columns"])
     path = scratch / f"{len(list(scratch.iterdir()))}.arrow"
-    write_cache(path, batches(), dict(file=str(file.resolve()), tokenizer=tokenizer.origin, kind=source.kind, chunk=chunk))
+    write_cache(
+        path, batches(),
+        dict(file=str(file.resolve()), tokenizer=tokenizer.origin, kind=source.kind, chunk=chunk),
+    )
     out.state, out.hash, out.signature = (np.concatenate(v) for v in parts.values())
     if file_digest(file) != before: raise DataError(f"{file} changed while it was read: start again")
     if cache and not (out.state != KEPT).any():
@@ -131,9 +157,14 @@ def _moved(path: Path, final: Path) -> Path:
 def check_across_files(files: list[FileReport], seq_len: int) -> None:
     "Add to the files' findings what takes all rows: duplicates, leaks, rows too long."
     at = np.array([(k, n) for k, f in enumerate(files) for n in range(1, len(f.state) + 1)]).reshape(-1, 2)
-    hashes, held = np.concatenate([f.hash for f in files]), np.concatenate([np.full(len(f.state), f.held_out) for f in files])
+    hashes, held = (
+        np.concatenate([f.hash for f in files]),
+        np.concatenate([np.full(len(f.state), f.held_out) for f in files]),
+    )
     place = lambda i: f"{short_path(files[at[i, 0]].file)}, line {at[i, 1]}"
-    say = lambda i, code, problem: files[at[i, 0]].add(Finding(code, str(files[at[i, 0]].file), int(at[i, 1]), "", problem))
+    say = lambda i, code, problem: files[at[i, 0]].add(
+        Finding(code, str(files[at[i, 0]].file), int(at[i, 1]), "", problem)
+    )
     first: dict[tuple[int, bool], int] = {}
     twice = np.zeros(len(hashes), dtype=bool)
     _, inverse, count = np.unique(hashes, return_inverse=True, return_counts=True)
@@ -143,9 +174,16 @@ def check_across_files(files: list[FileReport], seq_len: int) -> None:
         first.setdefault((h, e), i)
         twice[i] = True
     for i in np.flatnonzero(twice & held).tolist():
-        if (int(hashes[i]), False) in first: say(i, "leak", f"it is also trained on: {place(first[int(hashes[i]), False])}")
+        if (int(hashes[i]), False) in first:
+            say(i, "leak", f"it is also trained on: {place(first[int(hashes[i]), False])}")
     for i, j in near_duplicates(np.concatenate([f.signature for f in files])):
-        if hashes[i] != hashes[j]: say(i, "leak" if held[i] != held[j] else "near-duplicate", f"almost the words of {place(j)}")
+        if hashes[i] != hashes[j]:
+            say(i, "leak" if held[i] != held[j] else "near-duplicate", f"almost the words of {place(j)}")
     for f in files:
         for k in np.flatnonzero((f.tokens.length - 1 > seq_len) & (f.tokens.part == 0)).tolist():
-            f.add(Finding("too-long", str(f.file), int(f.tokens.line[k]), "", f"{f.tokens.length[k] - 1:,} positions, seq_len is {seq_len:,}"))
+            f.add(
+                Finding(
+                    "too-long", str(f.file), int(f.tokens.line[k]), "",
+                    f"{f.tokens.length[k] - 1:,} positions, seq_len is {seq_len:,}",
+                )
+            )

@@ -36,7 +36,8 @@ def is_conversation(value: Any) -> bool:
     "Whether a value is a list of messages, and not of rows that each have a speaker."
     if not isinstance(value, list) or not value: return False
     return all(
-        isinstance(m, dict) and any(k in m for k in SPEAKER_KEYS) and NOT_MESSAGES.isdisjoint(m) for m in value
+        isinstance(m, dict) and any(k in m for k in SPEAKER_KEYS) and NOT_MESSAGES.isdisjoint(m)
+        for m in value
     )
 
 
@@ -47,12 +48,13 @@ def rows_of_value(value: Any) -> list:
         return [{"conversations" if "from" in value[0] else "messages": value}]
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["): return [_opened_once(value, ())[0]]
     if not isinstance(value, list): return [value]
-    return [row for item in value for row in (rows_of_value(item) if isinstance(item, list | str) else [item])]
+    return [
+        row for item in value for row in (rows_of_value(item) if isinstance(item, list | str) else [item])
+    ]
 
 # %% ../../nbs/data/12_files.ipynb #document
 TRAIN_KEYS, EVAL_KEYS = (
-    ("train", "training"),
-    ("test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"),
+    ("train", "training"), ("test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"),
 )
 ROWS_KEYS = ("data", "rows", "examples", "dataset", "items", "samples", "records", "entries")
 NESTED_ROWS = (
@@ -177,7 +179,18 @@ def _swallowed(first: int, last: int) -> Iterator[tuple[int, str]]:
         yield n, f"it stands behind the quote that line {first} opens and never closes"
 
 # %% ../../nbs/data/12_files.ipynb #csv
-NULL_WORDS = {"NULL", "null", "NaN", "nan", "N/A", "n/a", "#N/A", "NA", "None", "<NA>"}  # as programs write nothing
+NULL_WORDS = {
+    "NULL",
+    "null",
+    "NaN",
+    "nan",
+    "N/A",
+    "n/a",
+    "#N/A",
+    "NA",
+    "None",
+    "<NA>",
+}  # as programs write nothing
 
 
 def read_csv(path: Path, usual: str, notes: Counter) -> Iterator[tuple[Location, Any]]:
@@ -212,7 +225,8 @@ def read_csv(path: Path, usual: str, notes: Counter) -> Iterator[tuple[Location,
         if isinstance(cells, str):
             yield where, SampleError(where, cells, "write a quote inside a cell twice, in quotes", "json")
         else:
-            if not NULL_WORDS.isdisjoint(cells): notes["rows with words such as NULL or NaN kept as texts"] += 1
+            if not NULL_WORDS.isdisjoint(cells):
+                notes["rows with words such as NULL or NaN kept as texts"] += 1
             yield where, _csv_row(header, [c.strip() for c in cells] if spaced else cells, where)
 
 # %% ../../nbs/data/12_files.ipynb #csv-row
@@ -302,7 +316,9 @@ def read_text(path: Path, notes: Counter) -> Iterator[tuple[Location, Any]]:
 # %% ../../nbs/data/12_files.ipynb #read-file
 TEXT_SUFFIXES = (".txt", ".md")
 READABLE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", *TEXT_SUFFIXES)
-READ_ERRORS = (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error, csv.Error)  # also pyarrow's
+READ_ERRORS = (
+    OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error, csv.Error,
+)  # also pyarrow's
 
 
 def file_kind(path: Path) -> str:
@@ -340,8 +356,7 @@ def files_in(folder: Path, notes: Counter) -> list[Path]:
     chosen = [p for p in readable if parts[p] != "eval"] or readable
     links = [p for p in folder.rglob("*") if p.is_symlink() and p.is_dir()]
     left = {
-        "behind links to folders": links,
-        "hidden or README": [p for p in every if p not in data],
+        "behind links to folders": links, "hidden or README": [p for p in every if p not in data],
         "of other kinds": [p for p in data if p not in readable],
         "not for training by their names": [p for p in readable if p not in chosen],
     }

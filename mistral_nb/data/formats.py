@@ -130,8 +130,12 @@ def has_pair(row: dict) -> bool:
 
 def question_text(row: UsedKeys, notes: list[str]) -> str:
     "All parts of a question, one below the other."
-    question = next((k for k in ASKED_KEYS if row.thing.get(k) is not None and is_text_cell(row.thing[k])), None)
-    parts = {k: row.get(k) for k in QUESTION_KEYS if k in row.thing and (k not in ASKED_KEYS or k == question)}
+    question = next(
+        (k for k in ASKED_KEYS if row.thing.get(k) is not None and is_text_cell(row.thing[k])), None
+    )
+    parts = {
+        k: row.get(k) for k in QUESTION_KEYS if k in row.thing and (k not in ASKED_KEYS or k == question)
+    }
     notes += [f"a number in {k} written as text" for k, v in parts.items() if isinstance(v, int | float)]
     texts = [message_text(v, k) for k, v in parts.items()]
     return "\n\n".join([t for t in texts if t.strip()] + answer_options(row, notes))
@@ -140,7 +144,10 @@ def question_text(row: UsedKeys, notes: list[str]) -> str:
 def answer_options(row: UsedKeys, notes: list[str]) -> list[str]:
     "The options of a multiple choice, a line each; none if they are no texts."
     found = row.thing.get("options") or row.thing.get("choices")
-    try: found = parse_json_text(found, "the options") if isinstance(found, str) and found[:1] in "[{" else found
+    try:
+        found = (
+            parse_json_text(found, "the options") if isinstance(found, str) and found[:1] in "[{" else found
+        )
     except RefusedRowError: return []
     if isinstance(found, list): found = {_letter(i): v for i, v in enumerate(found)}
     if not isinstance(found, dict) or not found or not all(isinstance(v, str) for v in found.values()):
@@ -228,7 +235,9 @@ def from_text(row: UsedKeys, how: MessageReader) -> str:
     body = row.first(*TEXT_KEYS)
     if not isinstance(body, str) or not body.strip(): raise RefusedRowError("the text is empty")
     if markup := chat_markup(body):
-        raise RefusedRowError(f"the text is a chat in {markup.name} markup", "convert such rows with format='markup'")
+        raise RefusedRowError(
+            f"the text is a chat in {markup.name} markup", "convert such rows with format='markup'"
+        )
     title = row.thing.get("title")
     return f"{row.get('title').strip()}\n\n{body}" if isinstance(title, str) and title.strip() else body
 
@@ -293,7 +302,9 @@ def refuse_message(row: UsedKeys, how: MessageReader) -> DraftChat:
 # %% ../../nbs/data/18_formats.ipynb #refuse-gap
 def refuse_gap(row: UsedKeys, how: MessageReader) -> DraftChat:
     "Rows for filling a gap are refused."
-    raise RefusedRowError("the row is a text with a gap (prefix, middle, suffix): there is no training for those")
+    raise RefusedRowError(
+        "the row is a text with a gap (prefix, middle, suffix): there is no training for those"
+    )
 
 # %% ../../nbs/data/18_formats.ipynb #table
 @dataclass(frozen=True)
@@ -407,7 +418,7 @@ class UnknownFormatError(ValueError):
 
 # %% ../../nbs/data/18_formats.ipynb #guess-format
 def guess_format(source: Any, among: int = 200) -> FormatGuess:
-    "The format of the first rows of a DataFrame, file or list, see `FORMATS`; `UnknownFormatError` if none fits."
+    "The format of the first rows of a DataFrame, file or list; `UnknownFormatError` if none of `FORMATS` fits."
     stream = read_rows(source)
     every = list(islice(stream, among))
     rows = [r for _, r in every if isinstance(r, dict)]

@@ -52,7 +52,9 @@ def with_notes(row: Any, twice: Iterable[str]) -> Any:
 # %% ../../nbs/data/11_lenient.ipynb #loose
 _QUOTED = re.compile(r"""(["']arguments["']\s*:\s*)'(.*)'(\s*}\s*]?\s*)$""", re.S)
 _TRAILING = re.compile(r'("(?:\\.|[^"\\])*(?:"|$))|,(?=\s*[}\]])', re.S)
-MAX_LITERAL_CHARS = 5_000_000  # characters that are tried as a Python literal, which takes fifty times as much memory
+MAX_LITERAL_CHARS = (
+    5_000_000  # characters that are tried as a Python literal, which takes fifty times as much memory
+)
 
 
 def parse_lenient(text: str, twice: list[str] | None = None) -> Any:
@@ -132,7 +134,9 @@ def joined_lines(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     still_open = 0
     for n, line in enumerate(lines, 1):
         alone = bracket_depth(line) == 0 and line[:1] == "{"
-        if held and (alone and not held[-1][1].rstrip().endswith(("[", ",", ":")) or len(held) > MAX_VALUE_LINES):
+        if held and (
+            alone and not held[-1][1].rstrip().endswith(("[", ",", ":")) or len(held) > MAX_VALUE_LINES
+        ):
             yield from held  # the value was never closed: its lines are errors
             held, still_open = [], 0
         if held:

@@ -25,16 +25,11 @@ from .tokens import effort_mismatch, Tokenizer, TokenSample
 
 # %% ../../nbs/data/31_lint.ipynb #codes
 ERRORS = {
-    "json": "the line is not JSON",
-    "encoding": "the line is not UTF-8",
-    "empty-line": "the line is empty",
-    "type": "a value is of another type than its key asks for",
-    "ambiguous": "two keys say the same thing",
-    "no-data": "the row has no messages or no text",
-    "role": "a message has no role, or one that is not known",
-    "no-content": "a message has no content",
-    "message": "the content of a message is not text",
-    "system": "there are several system prompts",
+    "json": "the line is not JSON", "encoding": "the line is not UTF-8",
+    "empty-line": "the line is empty", "type": "a value is of another type than its key asks for",
+    "ambiguous": "two keys say the same thing", "no-data": "the row has no messages or no text",
+    "role": "a message has no role, or one that is not known", "no-content": "a message has no content",
+    "message": "the content of a message is not text", "system": "there are several system prompts",
     "order": "messages do not follow one another as they must",
     "answer": "an assistant message is not one: empty, or with a weight other than 0 and 1",
     "tool": "the description of a tool is not complete, or no JSON schema",
@@ -48,15 +43,13 @@ ERRORS = {
 
 # %% ../../nbs/data/31_lint.ipynb #warnings
 WARNINGS = {
-    "too-long": "longer than seq_len",
-    "no-trained": "no token of the row is trained",
+    "too-long": "longer than seq_len", "no-trained": "no token of the row is trained",
     "blank": "a message, or a text, has nothing but white space in it",
     "alternation": "two messages of one role in a row, or the assistant speaks first",
     "control-character": "characters that no reader sees: control codes, direction marks",
     "lone-surrogate": "half of a character, which this tokenizer replaces by �",
     "special-text": "text that looks like a control token or another model's markup",
-    "duplicate": "the same row stands twice",
-    "near-duplicate": "another row has almost the same words",
+    "duplicate": "the same row stands twice", "near-duplicate": "another row has almost the same words",
     "leak": "a row of the evaluation also stands in training",
     "call-id": "a result names a call that was not made, or two calls have one id",
     "no-object": "the arguments of a call are no JSON object",
@@ -83,7 +76,9 @@ class Finding:
     def level(self) -> str: return "error" if self.code in ERRORS else "warning"
 
     def __str__(self) -> str:
-        return safe_text(f"{self.file}:{self.line}: {self.code}: {self.field + ': ' if self.field else ''}{self.problem}")
+        return safe_text(
+            f"{self.file}:{self.line}: {self.code}: {self.field + ': ' if self.field else ''}{self.problem}"
+        )
 
 # %% ../../nbs/data/31_lint.ipynb #lint-text
 Lint = tuple[str, str, str]  # code, field, problem
@@ -92,10 +87,18 @@ Lint = tuple[str, str, str]  # code, field, problem
 def lint_text(text: str, where: str) -> Iterator[Lint]:
     "What is odd about one text."
     if not text.strip(): yield "blank", where, "there is nothing but white space" if text else "it is empty"
-    if found := SURROGATE.search(text): yield "lone-surrogate", where, f"half of a character, U+{ord(found[0]):04X}, at {found.start()}"
-    if found := CONTROL.search(text): yield "control-character", where, f"U+{ord(found[0]):04X} at {found.start()}, {len(CONTROL.findall(text))} in all"
+    if found := SURROGATE.search(text):
+        yield "lone-surrogate", where, f"half of a character, U+{ord(found[0]):04X}, at {found.start()}"
+    if found := CONTROL.search(text):
+        yield (
+            "control-character", where,
+            f"U+{ord(found[0]):04X} at {found.start()}, {len(CONTROL.findall(text))} in all",
+        )
     for name, place, mark in find_marks(text):
-        yield "special-text", where, f"{one_line(mark, 30)} at {place} looks like {name} markup: it is encoded as plain text"
+        yield (
+            "special-text", where,
+            f"{one_line(mark, 30)} at {place} looks like {name} markup: it is encoded as plain text",
+        )
 
 
 def sample_texts(sample: ChatSample) -> Iterator[tuple[str, str]]:
@@ -121,16 +124,24 @@ def serving_shape(sample: ChatSample) -> tuple:
     made = [c.id for m in sample.messages for c in getattr(m, "tool_calls", None) or []]
 
     def kind(content: Any) -> Any:
-        if isinstance(content, list): return tuple((c.type, bool(getattr(c, "text", getattr(c, "thinking", "")))) for c in content)
+        if isinstance(content, list):
+            return tuple((c.type, bool(getattr(c, "text", getattr(c, "thinking", "")))) for c in content)
         return (content is None, bool(content), bool(content and content.strip()))
 
     def calls(message: Any) -> tuple:
         every = getattr(message, "tool_calls", None) or []
-        return tuple((bool(c.function.arguments), made.index(c.id), _is_object(c.function.arguments)) for c in every)
+        return tuple(
+            (bool(c.function.arguments), made.index(c.id), _is_object(c.function.arguments)) for c in every
+        )
     parts = []
     for m in sample.messages:
         asked = getattr(m, "tool_call_id", None)
-        parts.append((m.role, getattr(m, "weight", None), kind(m.content), calls(m), made.index(asked) if asked in made else asked is None))
+        parts.append(
+            (
+                m.role, getattr(m, "weight", None), kind(m.content), calls(m),
+                made.index(asked) if asked in made else asked is None,
+            )
+        )
     return (kind(sample.system_prompt), bool(sample.tools), sample.only_last, repr(sample.settings), *parts)
 
 # %% ../../nbs/data/31_lint.ipynb #serving-problem
@@ -140,12 +151,18 @@ def _is_object(text: str) -> bool:
 
 
 def serving_problem(sample: ChatSample, tokenizer: Tokenizer) -> str:
-    "Where a server would refuse a conversation, or send other tokens before a trained answer; empty if nowhere."
+    "Where a server would refuse a conversation, or send other tokens before an answer; empty if nowhere."
     known, shape = _known_shapes(tokenizer.origin), serving_shape(sample)
     if shape not in known:
         differing = next((a for a in compare_with_servers(sample, tokenizer) if not a.same), None)
         place = differing and differing.what.removeprefix("server, ")
-        known[shape] = "" if not differing else f"{place}, a server would have {differing.theirs}" if differing.theirs.startswith("refused") else f"{place}, a server would send other tokens: certify shows them"
+        known[shape] = (
+            ""
+            if not differing
+            else f"{place}, a server would have {differing.theirs}"
+            if differing.theirs.startswith("refused")
+            else f"{place}, a server would send other tokens: certify shows them"
+        )
     return known[shape]
 
 # %% ../../nbs/data/31_lint.ipynb #lint-chat
@@ -155,15 +172,23 @@ def lint_calls(sample: ChatSample) -> Iterator[Lint]:
     for i, m in enumerate(sample.messages):
         for call in (m.tool_calls or []) if isinstance(m, AssistantMessage) else []:
             called, at = True, f"message {i}, call {call.function.name}"
-            if call.function.name not in declared: yield "undeclared-call", at, f"{call.function.name} is not among the tools: {', '.join(sorted(declared)) or 'none are declared'}"
+            if call.function.name not in declared:
+                yield (
+                    "undeclared-call", at,
+                    f"{call.function.name} is not among the tools: {', '.join(sorted(declared)) or 'none are declared'}",
+                )
             if call.id in made and call.id != "null": yield "call-id", at, f"the id {call.id} was used before"
             made.append(call.id)
             try: value = json.loads(call.function.arguments)
             except (ValueError, RecursionError): value = None
-            if SURROGATE.search(json.dumps(value, ensure_ascii=False)): yield "lone-surrogate", at, "half of a character in the arguments"
-            if not isinstance(value, dict): yield "no-object", at, f"{one_line(call.function.arguments, 40)} is no JSON object"
-        if isinstance(m, ToolMessage) and m.tool_call_id not in made: yield "call-id", f"message {i} (tool)", f"no call has the id {one_line(m.tool_call_id, 30)}"
-    if declared and not called: yield "unused-tools", "tools", f"{', '.join(sorted(declared))}: none is called"
+            if SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+                yield "lone-surrogate", at, "half of a character in the arguments"
+            if not isinstance(value, dict):
+                yield "no-object", at, f"{one_line(call.function.arguments, 40)} is no JSON object"
+        if isinstance(m, ToolMessage) and m.tool_call_id not in made:
+            yield "call-id", f"message {i} (tool)", f"no call has the id {one_line(m.tool_call_id, 30)}"
+    if declared and not called:
+        yield "unused-tools", "tools", f"{', '.join(sorted(declared))}: none is called"
 
 # %% ../../nbs/data/31_lint.ipynb #lint-chat-code
 def lint_chat(sample: ChatSample, tokenizer: Tokenizer) -> Iterator[Lint]:
@@ -172,7 +197,8 @@ def lint_chat(sample: ChatSample, tokenizer: Tokenizer) -> Iterator[Lint]:
     roles = [role_name(m) for m in sample.messages]
     if roles[:1] == ["assistant"]: yield "alternation", "message 0 (assistant)", "the assistant speaks first"
     twice = next((i for i in range(1, len(roles)) if roles[i] == roles[i - 1] != "tool"), None)
-    if twice: yield "alternation", f"message {twice} ({roles[twice]})", f"it follows another {roles[twice]} message"
+    if twice:
+        yield "alternation", f"message {twice} ({roles[twice]})", f"it follows another {roles[twice]} message"
     yield from lint_calls(sample)
     if odd := effort_mismatch(sample, tokenizer): yield "serving", "reasoning_effort", " and ".join(odd)
     if problem := serving_problem(sample, tokenizer): yield "serving", "messages", problem
@@ -180,12 +206,21 @@ def lint_chat(sample: ChatSample, tokenizer: Tokenizer) -> Iterator[Lint]:
 # %% ../../nbs/data/31_lint.ipynb #lint
 def lint(sample: Sample, tokens: TokenSample, tokenizer: Tokenizer) -> Iterator[Lint]:
     "What is odd about a row that training accepts."
-    yield from lint_text(sample.text, "text") if isinstance(sample, TextSample) else lint_chat(sample, tokenizer)
-    if not tokens.mask[1:].any(): yield "no-trained", "", "every answer has weight 0" if isinstance(sample, ChatSample) else "there is nothing to learn"
+    yield from (
+        lint_text(sample.text, "text") if isinstance(sample, TextSample) else lint_chat(sample, tokenizer)
+    )
+    if not tokens.mask[1:].any():
+        yield (
+            "no-trained", "",
+            "every answer has weight 0" if isinstance(sample, ChatSample) else "there is nothing to learn",
+        )
 
 # %% ../../nbs/data/31_lint.ipynb #keys
 ROW_KEYS = dict(
-    instruct={"messages", "interactions", "tools", "available_tools", "system_prompt", "only_last", "reasoning_effort"},
+    instruct={
+        "messages", "interactions", "tools", "available_tools", "system_prompt", "only_last",
+        "reasoning_effort",
+    },
     pretrain={"text", "content"},
 )
 ROLE_KEYS = dict(
@@ -209,20 +244,25 @@ def lint_keys(line: bytes) -> Iterator[Lint]:
     "Keys that one object of a line has twice."
     try: twice = parse_json(line.decode("utf-8"))[1]
     except (ValueError, RecursionError): return
-    for key in twice: yield "ignored", "", f"{one_line(key, 40)} stands twice in one object: the last one counts"
+    for key in twice:
+        yield "ignored", "", f"{one_line(key, 40)} stands twice in one object: the last one counts"
 
 # %% ../../nbs/data/31_lint.ipynb #lint-row
 def lint_row(row: dict, kind: str = "instruct") -> Iterator[Lint]:
     "What a row says that training does not use."
-    settings = {"settings"} if parse_settings({k: row[k] for k in ("settings",) if k in row}, Location()) else set()
+    settings = (
+        {"settings"} if parse_settings({k: row[k] for k in ("settings",) if k in row}, Location()) else set()
+    )
     if extra := unused_keys(row, ROW_KEYS[kind] | settings): yield "ignored", "", f"{extra} is not used"
     if kind == "pretrain": return
     for i, m in enumerate(row.get("messages", row.get("interactions")) or []):
         role = m.get("role", "user" if m.get("is_user") else "assistant")
         if extra := unused_keys(m, ROLE_KEYS[role]): yield "ignored", f"message {i}", f"{extra} is not used"
-        for k, call in enumerate(m.get("tool_calls") or []): yield from _lint_part(call, "call", f"message {i}, call {k}")
+        for k, call in enumerate(m.get("tool_calls") or []):
+            yield from _lint_part(call, "call", f"message {i}, call {k}")
     for key in ("tools", "available_tools"):
-        if not isinstance(row.get(key), list | None): yield "ignored", key, f"{one_line(repr(row[key]), 30)} is taken for no tools"
+        if not isinstance(row.get(key), list | None):
+            yield "ignored", key, f"{one_line(repr(row[key]), 30)} is taken for no tools"
         for k, tool in enumerate(row.get(key) or []): yield from _lint_part(tool, "tool", f"{key}[{k}]")
 
 # %% ../../nbs/data/31_lint.ipynb #lint-part
@@ -230,7 +270,9 @@ def _lint_part(thing: Any, kind: str, where: str) -> Iterator[Lint]:
     if not isinstance(thing, dict): return
     func = thing.get("function")
     if extra := unused_keys(thing, PART_KEYS[kind]): yield "ignored", where, f"{extra} is not used"
-    if extra := unused_keys(func, PART_KEYS[f"{kind}_function"]): yield "ignored", where, f"{extra} is not used"
-    if thing.get("type", "function") != "function": yield "ignored", where, f"the type {one_line(repr(thing['type']), 30)} is taken for a function"
+    if extra := unused_keys(func, PART_KEYS[f"{kind}_function"]):
+        yield "ignored", where, f"{extra} is not used"
+    if thing.get("type", "function") != "function":
+        yield "ignored", where, f"the type {one_line(repr(thing['type']), 30)} is taken for a function"
     strict = func.get("strict", False) if isinstance(func, dict) and kind == "tool" else False
     if not isinstance(strict, bool): yield "ignored", where, "strict is not true or false"

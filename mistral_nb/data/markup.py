@@ -46,7 +46,8 @@ def find_marks(text: str) -> Iterator[tuple[str, int, str]]:
     for name, pattern in MARKUP_TOKENS.items():
         found = pattern.search(text)
         if found and not (
-            name == "control token" and any(MARKUP_TOKENS[k].fullmatch(found[0]) for k in MARKUP_TOKENS if k != name)
+            name == "control token"
+            and any(MARKUP_TOKENS[k].fullmatch(found[0]) for k in MARKUP_TOKENS if k != name)
         ):
             yield name, found.start(), found[0]
 
@@ -128,7 +129,7 @@ def _is_dialogue(text: str, roles: list) -> bool:
 
 # %% ../../nbs/data/14_markup.ipynb #chat
 def read_chat(text: str, markup: Markup) -> list[tuple[str, str]]:
-    "`(role, text)` of each message of a chat in a markup; `RefusedRowError` with its name if it cannot be read."
+    "`(role, text)` of each message of a chat in a markup; `RefusedRowError` if it cannot be read."
     heads = list(markup.head.finditer(text))
     before = strip_markup(text[: heads[0].start()])
     out = [("system", before)] if before else []

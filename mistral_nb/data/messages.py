@@ -34,7 +34,8 @@ def normalize_role(name: Any) -> str:
     key = name.strip().lower().replace("-", "_") if isinstance(name, str) else None
     if key not in ROLE_NAMES:
         raise RefusedRowError(
-            "the role of a message is not known", f"{one_line(repr(name), 30)}, known are {', '.join(ROLE_NAMES)}"
+            "the role of a message is not known",
+            f"{one_line(repr(name), 30)}, known are {', '.join(ROLE_NAMES)}",
         )
     return ROLE_NAMES[key]
 
@@ -93,7 +94,8 @@ EMPTY_VALUES = dict(  # values that say nothing
 
 def normalize_message(value: Any, how: MessageReader, tools: list[dict], notes: list[str]) -> dict | None:
     "A message in our form; None for a call that is none."
-    if not isinstance(value, dict): raise RefusedRowError("a message is not an object", one_line(repr(value), 40))
+    if not isinstance(value, dict):
+        raise RefusedRowError("a message is not an object", one_line(repr(value), 40))
     m = UsedKeys(value, "message")
     speaker = {0: "assistant", 1: "user"}.get(parse_flag(m.get("is_user")))
     name = m.first("role", "from", "author", "speaker")
@@ -212,7 +214,7 @@ _A_CALL = re.compile(
 
 
 def finish_draft(draft: DraftChat, whole: bool = False) -> list[dict]:
-    "The messages that can be trained on, text and call in one if `whole`; `RefusedRowError` if there is no answer."
+    "The messages that can be trained on, text and call in one if `whole`; `RefusedRowError` without an answer."
     todo, notes = [m for m in draft.messages if m is not None], draft.notes
     system, out = take_system_messages(todo, notes), []
     while todo:
@@ -241,7 +243,11 @@ def _ends_before(m: dict, out: list[dict]) -> str:
     "Why a conversation must end before a message; nothing if it need not"
     if m["role"] == "system": return "a system prompt in the middle"
     if m["role"] == "tool":
-        if out and out[-1]["role"] == "assistant" and _A_CALL.match(content_text(out[-1].get("content") or "")):
+        if (
+            out
+            and out[-1]["role"] == "assistant"
+            and _A_CALL.match(content_text(out[-1].get("content") or ""))
+        ):
             raise RefusedRowError(
                 "the calls stand in the text of an answer, in a form that is not read",
                 one_line(content_text(out[-1]["content"]), 40),

@@ -31,7 +31,7 @@ def row_length(row: list[Piece]) -> int:
 # %% ../../nbs/data/25_pack.ipynb #batch-code
 @dataclass(frozen=True, eq=False)
 class Batch:
-    "Packed rows as flat arrays of `batch_size * seq_len` positions: `x[i]` and what precedes it in its block predict `y[i]`."
+    "Packed rows as flat arrays of `batch_size * seq_len` positions: `x[i]`, after its block so far, predicts `y[i]`."
     x: np.ndarray  # int64, inputs
     y: np.ndarray  # int64, targets
     mask: np.ndarray  # bool, whether the target counts
@@ -42,7 +42,8 @@ class Batch:
     @property
     def trained(self) -> int: return int(self.mask.sum())
 
-    def __repr__(self) -> str: return f"Batch({len(self.x)} positions, {self.trained} trained, {len(self.seqlens)} blocks)"
+    def __repr__(self) -> str:
+        return f"Batch({len(self.x)} positions, {self.trained} trained, {len(self.seqlens)} blocks)"
 
 # %% ../../nbs/data/25_pack.ipynb #fill-rows
 def fill_rows(rows: Sequence[list[Piece]], data: Any, seq_len: int) -> Batch:
@@ -75,13 +76,18 @@ class SampleList:
     def __init__(self, samples: list[TokenSample]):
         self._samples = samples
         self.length = np.array([len(s) for s in samples], dtype=np.int32)  # tokens
-        self.trained = np.array([int(s.mask[1:].sum()) for s in samples], dtype=np.int32)  # targets that count
+        self.trained = np.array(
+            [int(s.mask[1:].sum()) for s in samples], dtype=np.int32
+        )  # targets that count
 
     def __len__(self) -> int: return len(self._samples)
 
     def places(self, numbers: list[int]) -> list[tuple[np.ndarray, np.ndarray, int]]:
         "For each sample the arrays of tokens and reasons that hold it, and where it begins in them"
-        return [(s.tokens, s.mask.astype(np.uint8) if s.why is None else s.why, 0) for s in map(self._samples.__getitem__, numbers)]
+        return [
+            (s.tokens, s.mask.astype(np.uint8) if s.why is None else s.why, 0)
+            for s in map(self._samples.__getitem__, numbers)
+        ]
 
     def turns(self, i: int) -> tuple[int, ...]: return self._samples[i].turns
 
@@ -94,7 +100,7 @@ def pack_samples(rows: list[list[TokenSample]], seq_len: int) -> Batch:
 
 # %% ../../nbs/data/25_pack.ipynb #pieces
 def split_batch(batch: Batch, limit: int) -> list[Batch]:
-    "`batch` in pieces of whole blocks and about equal size, none longer than `limit` positions unless one block alone is."
+    "`batch` in pieces of whole blocks and about equal size, at most `limit` positions unless one block is longer."
     ends = np.cumsum(batch.seqlens)
     spans = [(int(e) - n, int(e)) for e, n in zip(ends, batch.seqlens) if batch.mask[e - n : e].any()]
     total = sum(b - a for a, b in spans)
@@ -105,7 +111,13 @@ def split_batch(batch: Batch, limit: int) -> list[Batch]:
         groups[-1].append(span)
         size += n
     take = lambda a, g: np.concatenate([a[i:j] for i, j in g])
-    return [Batch(take(batch.x, g), take(batch.y, g), take(batch.mask, g), tuple(j - i for i, j in g), why=None if batch.why is None else take(batch.why, g)) for g in groups]
+    return [
+        Batch(
+            take(batch.x, g), take(batch.y, g), take(batch.mask, g), tuple(j - i for i, j in g),
+            why=None if batch.why is None else take(batch.why, g),
+        )
+        for g in groups
+    ]
 
 # %% ../../nbs/data/25_pack.ipynb #counts
 @dataclass
@@ -123,7 +135,9 @@ class PackCounts:
     padding: int = 0
 
     @property
-    def fill(self) -> float: return (self.trained + self.masked) / max(1, self.trained + self.masked + self.padding)
+    def fill(self) -> float:
+        placed = self.trained + self.masked
+        return placed / max(1, placed + self.padding)
 
     def place(self, size: int, trained: int) -> bool:
         "Count a piece, and say whether it is worth a place: a piece without a trained target is not"
@@ -138,7 +152,11 @@ class PackCounts:
 
     def table(self) -> Table:
         "The counts as a table"
-        return Table(["what", "count"], [(f.name, getattr(self, f.name)) for f in fields(self)] + [("fill", f"{self.fill:.1%}")], title="Positions taken from the data")
+        return Table(
+            ["what", "count"],
+            [(f.name, getattr(self, f.name)) for f in fields(self)] + [("fill", f"{self.fill:.1%}")],
+            title="Positions taken from the data",
+        )
 
 # %% ../../nbs/data/25_pack.ipynb #count-trained
 def count_trained(data: Any, i: int, first: int, end: int) -> int:
@@ -148,12 +166,17 @@ def count_trained(data: Any, i: int, first: int, end: int) -> int:
     return int((why[at + first : at + end] & 1).sum())
 
 # %% ../../nbs/data/25_pack.ipynb #mistral
-def mistral_rows(order: Iterable[int], data: Any, seq_len: int, finite: bool = False, counts: PackCounts | None = None) -> Iterator[list[Piece]]:
+def mistral_rows(
+    order: Iterable[int], data: Any, seq_len: int, finite: bool = False, counts: PackCounts | None = None
+) -> Iterator[list[Piece]]:
     "Rows of the samples `order` names, in mistral-finetune's way."
     counts, row, free = counts if counts is not None else PackCounts(), [], seq_len
     for i in order:
         n = int(data.length[i])
-        counts.samples, counts.positions, counts.cut, counts.long = counts.samples + 1, counts.positions + n - 1, counts.cut + (n - 1 > free), counts.long + (n - 1 > seq_len)
+        counts.samples, counts.positions, counts.cut, counts.long = (
+            counts.samples + 1, counts.positions + n - 1, counts.cut + (n - 1 > free),
+            counts.long + (n - 1 > seq_len),
+        )
         first = 1
         while first < n:
             at, first = first, min(n, first + free)
@@ -166,7 +189,9 @@ def mistral_rows(order: Iterable[int], data: Any, seq_len: int, finite: bool = F
     if finite and row: yield counts.leave(row, seq_len)
 
 # %% ../../nbs/data/25_pack.ipynb #parts
-def cut_sample(i: int, n: int, turns: Callable[[int], tuple[int, ...]], seq_len: int, policy: str = "split") -> list[Piece]:
+def cut_sample(
+    i: int, n: int, turns: Callable[[int], tuple[int, ...]], seq_len: int, policy: str = "split"
+) -> list[Piece]:
     "The pieces of sample `i` with `n` tokens, each of at most `seq_len` positions."
     if n - 1 <= seq_len: return [(i, 1, n, False)]
     if policy == "drop": return []
@@ -217,11 +242,16 @@ class BestFit:
 
     def state(self) -> dict[str, Any]:
         "Plain numbers from which `load_state` goes on"
-        return dict(windows=self.windows, born=self.born, rows=[[row, pieces] for row, pieces in self.rows.items()])
+        return dict(
+            windows=self.windows, born=self.born, rows=[[row, pieces] for row, pieces in self.rows.items()]
+        )
 
     def load_state(self, state: dict[str, Any]) -> None:
         "Take over what another one's `state` gave"
-        self.windows, self.born, self.rows = state["windows"], state["born"], {row: [tuple(p) for p in pieces] for row, pieces in state["rows"]}
+        self.windows, self.born, self.rows = (
+            state["windows"], state["born"],
+            {row: [tuple(p) for p in pieces] for row, pieces in state["rows"]},
+        )
         self.free = sorted((self.seq_len - row_length(pieces), row) for row, pieces in self.rows.items())
 
 # %% ../../nbs/data/25_pack.ipynb #finiteorder
@@ -240,11 +270,18 @@ class FiniteOrder:
 
 # %% ../../nbs/data/25_pack.ipynb #packer
 class Packer:
-    "Rows of samples in an order of windows (`FiniteOrder`, or `data.batches.Mixer`); remembers exactly where it is."
+    "Rows of samples in an order of windows (`FiniteOrder`, or a `Mixer`); remembers exactly where it is."
 
-    def __init__(self, order: Any, data: Any, seq_len: int, counts: PackCounts | None = None, seed: int = 0, window: int = 64, policy: str = "split"):
-        self.order, self.data, self.seq_len, self.policy, self.size = order, data, seq_len, policy, window * seq_len
-        self.counts, self.fit, self.ready = counts if counts is not None else PackCounts(), BestFit(seq_len, seed), deque()
+    def __init__(
+        self, order: Any, data: Any, seq_len: int, counts: PackCounts | None = None, seed: int = 0,
+        window: int = 64, policy: str = "split",
+    ):
+        self.order, self.data, self.seq_len, self.policy, self.size = (
+            order, data, seq_len, policy, window * seq_len,
+        )
+        self.counts, self.fit, self.ready = (
+            counts if counts is not None else PackCounts(), BestFit(seq_len, seed), deque(),
+        )
 
     def __iter__(self) -> "Packer": return self
 
@@ -261,9 +298,14 @@ class Packer:
         c.samples, c.positions = c.samples + len(numbers), c.positions + int(size.sum())
         fits, good = size <= self.seq_len, trained > 0
         whole = fits & good
-        c.trained, c.masked, c.dropped = c.trained + int(trained[whole].sum()), c.masked + int((size - trained)[whole].sum()), c.dropped + int(size[fits & ~good].sum())
+        c.trained, c.masked, c.dropped = (
+            c.trained + int(trained[whole].sum()), c.masked + int((size - trained)[whole].sum()),
+            c.dropped + int(size[fits & ~good].sum()),
+        )
         found = [p for i in numbers[~fits].tolist() for p in self.parts(i)]
-        found = list(zip(numbers[whole].tolist(), repeat(1), (size[whole] + 1).tolist(), repeat(False))) + found
+        found = (
+            list(zip(numbers[whole].tolist(), repeat(1), (size[whole] + 1).tolist(), repeat(False))) + found
+        )
         sizes = np.array([end - first for _, first, end, _ in found], dtype=np.int64)
         order = np.argsort(-sizes, kind="stable").tolist()
         return [found[k] for k in order], sizes[order].tolist()
@@ -272,7 +314,10 @@ class Packer:
         "The pieces of a sample that is longer than a row"
         c, n = self.counts, int(self.data.length[i])
         found = cut_sample(i, n, self.data.turns, self.seq_len, self.policy)
-        c.long, c.omitted, c.cut = c.long + 1, c.omitted + n - 1 - row_length(found), c.cut + any(first > 1 and not anew for _, first, _, anew in found)
+        c.long, c.omitted, c.cut = (
+            c.long + 1, c.omitted + n - 1 - row_length(found),
+            c.cut + any(first > 1 and not anew for _, first, _, anew in found),
+        )
         return [p for p in found if c.place(p[2] - p[1], count_trained(self.data, *p[:3]))]
 
     def state(self) -> dict[str, Any]:
@@ -285,8 +330,11 @@ class Packer:
         self.ready = deque([tuple(p) for p in row] for row in state["ready"])
 
 # %% ../../nbs/data/25_pack.ipynb #best-fit-rows
-def best_fit_rows(order: Iterable[int], data: Any, seq_len: int, counts: PackCounts | None = None, seed: int = 0, window: int = 64, policy: str = "split") -> Packer:
-    "Rows of some samples, in which every sample up to `seq_len` positions is whole; deterministic for a seed."
+def best_fit_rows(
+    order: Iterable[int], data: Any, seq_len: int, counts: PackCounts | None = None, seed: int = 0,
+    window: int = 64, policy: str = "split",
+) -> Packer:
+    "Rows in which every sample of up to `seq_len` positions is whole; the same for the same seed."
     return Packer(FiniteOrder(order, data.length), data, seq_len, counts, seed, window, policy)
 
 # %% ../../nbs/data/25_pack.ipynb #pack

@@ -19,7 +19,7 @@ from .sources import placed_lengths, TokenizedSource
 
 # %% ../../nbs/data/30_plots.ipynb #pictures
 def short_label(data: TokenizedSource) -> str:
-    "A source's name for a legend; matplotlib would read $ as the begin of a formula, and leave out a name that begins with _."
+    "A source's name for a legend; matplotlib reads $ as a formula, and leaves out what begins with _."
     return " " + one_line(data.source.path.name, 24).replace("$", r"\$")
 
 
@@ -43,18 +43,29 @@ def draw_turns(axes: Any, data: Sequence[TokenizedSource]) -> None:
 
 def draw_trained(axes: Any, data: Sequence[TokenizedSource]) -> None:
     "The share of a sample's tokens that is trained."
-    axes.hist([d.samples.trained / np.maximum(1, d.samples.length - 1) for d in data], np.linspace(0, 1, 21), stacked=True)
+    axes.hist(
+        [d.samples.trained / np.maximum(1, d.samples.length - 1) for d in data], np.linspace(0, 1, 21),
+        stacked=True,
+    )
     axes.set(xlabel="share of trained tokens", title="Trained")
 
 # %% ../../nbs/data/30_plots.ipynb #compare-packings
-def compare_packings(data: Sequence[TokenizedSource], seq_len: int, most: int = 20_000) -> dict[str, PackCounts]:
+def compare_packings(
+    data: Sequence[TokenizedSource], seq_len: int, most: int = 20_000
+) -> dict[str, PackCounts]:
     "Where the positions of at most `most` samples go: a sample a row, mistral-finetune's way, best fit."
     samples = TokenFile.join([d.samples for d in data])
     order = np.random.RandomState(0).permutation(len(samples))[:most].tolist()
     padded, cut, best = PackCounts(), PackCounts(), PackCounts()
     for i in order:
-        size, trained = min(int(samples.length[i]) - 1, seq_len), count_trained(samples, i, 1, min(int(samples.length[i]), seq_len + 1))
-        padded.rows, padded.trained, padded.masked, padded.padding = padded.rows + 1, padded.trained + trained, padded.masked + size - trained, padded.padding + seq_len - size
+        size, trained = (
+            min(int(samples.length[i]) - 1, seq_len),
+            count_trained(samples, i, 1, min(int(samples.length[i]), seq_len + 1)),
+        )
+        padded.rows, padded.trained, padded.masked, padded.padding = (
+            padded.rows + 1, padded.trained + trained, padded.masked + size - trained,
+            padded.padding + seq_len - size,
+        )
     for _ in mistral_rows(order, samples, seq_len, True, cut): pass
     for _ in best_fit_rows(order, samples, seq_len, best): pass
     return {"a sample a row": padded, "cut at row ends": cut, "best fit": best}
@@ -62,16 +73,26 @@ def compare_packings(data: Sequence[TokenizedSource], seq_len: int, most: int = 
 # %% ../../nbs/data/30_plots.ipynb #draw-packing
 def draw_packing(axes: Any, found: dict[str, PackCounts]) -> None:
     "Trained, prompt and empty positions, in rows of one length."
-    names, left = [f"{n}\n{c.rows:,} rows" + (f", {c.cut:,} cut" if c.cut else "") for n, c in found.items()], np.zeros(len(found))
+    names, left = (
+        [f"{n}\n{c.rows:,} rows" + (f", {c.cut:,} cut" if c.cut else "") for n, c in found.items()],
+        np.zeros(len(found)),
+    )
     for what, color in (("trained", "tab:blue"), ("masked", "tab:gray"), ("padding", "whitesmoke")):
-        width = np.array([getattr(c, what) / max(1, c.trained + c.masked + c.padding) for c in found.values()])
-        axes.barh(names, width, left=left, color=color, edgecolor="gray", label={"masked": "prompt", "padding": "empty"}.get(what, what))
+        width = np.array(
+            [getattr(c, what) / max(1, c.trained + c.masked + c.padding) for c in found.values()]
+        )
+        axes.barh(
+            names, width, left=left, color=color, edgecolor="gray",
+            label={"masked": "prompt", "padding": "empty"}.get(what, what),
+        )
         left += width
     axes.set(xlim=(0, 1), title="Packing")
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
 
 # %% ../../nbs/data/30_plots.ipynb #draw-mixing
-def draw_mixing(axes: Any, data: Sequence[TokenizedSource], seq_len: int, samples: int = 2000, seed: int = 0) -> None:
+def draw_mixing(
+    axes: Any, data: Sequence[TokenizedSource], seq_len: int, samples: int = 2000, seed: int = 0
+) -> None:
     "Each source's share of the placed positions so far, and its weight."
     data = [d for d in data if d.trained]
     total = sum(d.source.weight for d in data)

@@ -28,8 +28,10 @@ def parse_line_lenient(line: bytes) -> Any:
     "What a line says, if there is one way to read it; else a `RefusedRowError`."
     try: text = line.decode("utf-8")
     except UnicodeDecodeError:
-        if any(c > "\x7f" and not "\udc80" <= c <= "\udcff" for c in line.decode("utf-8", "surrogateescape")): raise RefusedRowError("it is partly UTF-8") from None
-        if re.search(rb"[\x80-\xff]{3,}", line): raise RefusedRowError("its encoding is not clear: save the file as UTF-8") from None
+        if any(c > "\x7f" and not "\udc80" <= c <= "\udcff" for c in line.decode("utf-8", "surrogateescape")):
+            raise RefusedRowError("it is partly UTF-8") from None
+        if re.search(rb"[\x80-\xff]{3,}", line):
+            raise RefusedRowError("its encoding is not clear: save the file as UTF-8") from None
         text = line.decode("cp1252", "replace")  # single accents between Latin letters
     text = text.strip().removeprefix("\ufeff").strip()
     if not text: raise RefusedRowError("the line is empty")
@@ -38,9 +40,13 @@ def parse_line_lenient(line: bytes) -> Any:
 
 # %% ../../nbs/data/32_repair.ipynb #replace-characters
 def replace_characters(value: Any, pattern: re.Pattern = SURROGATE, into: str = "\ufffd") -> Any:
-    "A row with all that `pattern` finds in its texts replaced; halves that belong together become their character."
+    "A row with what `pattern` finds in its texts replaced; halves that belong together become a character."
     def mended(text: str) -> str:
-        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if SURROGATE.search(text) else text
+        whole = (
+            text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            if SURROGATE.search(text)
+            else text
+        )
         return pattern.sub(into, whole)
     out = [value]
     todo: list = [out]
@@ -49,12 +55,20 @@ def replace_characters(value: Any, pattern: re.Pattern = SURROGATE, into: str = 
         for k, v in list(node.items() if isinstance(node, dict) else enumerate(node)):
             if isinstance(v, str): node[k] = mended(v)
             elif isinstance(v, dict | list):
-                node[k] = {mended(n) if isinstance(n, str) else n: x for n, x in v.items()} if isinstance(v, dict) else list(v)
+                node[k] = (
+                    {mended(n) if isinstance(n, str) else n: x for n, x in v.items()}
+                    if isinstance(v, dict)
+                    else list(v)
+                )
                 todo.append(node[k])
     return out[0]
 
 # %% ../../nbs/data/32_repair.ipynb #merge-twin-keys
-ROW_STRUCTURE = {"messages", "interactions", "conversations", "conversation", "tools", "available_tools", "functions", "system_prompt", "system", "only_last", "function_description", "text", "content", "instruction", "input", "output", "history"}
+ROW_STRUCTURE = {
+    "messages", "interactions", "conversations", "conversation", "tools", "available_tools", "functions",
+    "system_prompt", "system", "only_last", "function_description", "text", "content", "instruction",
+    "input", "output", "history",
+}
 TWIN_KEYS = (("messages", "interactions"), ("tools", "available_tools"), ("content", "text"))  # say the same
 
 
@@ -62,14 +76,19 @@ def merge_twin_keys(thing: Any) -> Any:
     "A row or message that says each thing once; `RefusedRowError` if two keys say different things."
     if not isinstance(thing, dict): return thing
     for a, b in TWIN_KEYS:
-        if thing.get(a) is None or thing.get(b) is None: thing = {k: v for k, v in thing.items() if k not in (a, b) or v is not None}
+        if thing.get(a) is None or thing.get(b) is None:
+            thing = {k: v for k, v in thing.items() if k not in (a, b) or v is not None}
         elif thing[a] == thing[b]: thing = {k: v for k, v in thing.items() if k != b}
-        elif (a, b) != ("content", "text") or "role" in thing or "is_user" in thing: raise RefusedRowError(f"{a} and {b} say different things")
-    return {k: [merge_twin_keys(m) for m in v] if k in TWIN_KEYS[0] and isinstance(v, list) else v for k, v in thing.items()}
+        elif (a, b) != ("content", "text") or "role" in thing or "is_user" in thing:
+            raise RefusedRowError(f"{a} and {b} say different things")
+    return {
+        k: [merge_twin_keys(m) for m in v] if k in TWIN_KEYS[0] and isinstance(v, list) else v
+        for k, v in thing.items()
+    }
 
 # %% ../../nbs/data/32_repair.ipynb #repair-line
 def repair_line(line: bytes, kind: str, version: str) -> tuple[dict, list[str]]:
-    "The row of a bad line as training accepts it, and what was changed; `RefusedRowError` if there is no safe way."
+    "A bad line as a row that training accepts, and what was changed; `RefusedRowError` without a safe way."
     row = parse_line_lenient(line)
     if is_too_deep(row): raise RefusedRowError("it is nested too deeply")
     row = replace_characters(row)
@@ -81,7 +100,11 @@ def repair_line(line: bytes, kind: str, version: str) -> tuple[dict, list[str]]:
     row = merge_twin_keys(row)
     number = int(version.lstrip("v").partition("-")[0])
     if kind == "pretrain":
-        if any(row.get(k) is not None and not isinstance(row[k], str) for k in ("text", "content")) or {"text", "content"} <= row.keys(): raise RefusedRowError("text and content are not clear")
+        if (
+            any(row.get(k) is not None and not isinstance(row[k], str) for k in ("text", "content"))
+            or {"text", "content"} <= row.keys()
+        ):
+            raise RefusedRowError("text and content are not clear")
         return convert_row(row, "text")
     named = named_columns(row)[0]
     found = next((n for n in FORMATS if n != "text" and FORMATS[n].fits(named)), "openai")
@@ -94,9 +117,15 @@ def repair_line(line: bytes, kind: str, version: str) -> tuple[dict, list[str]]:
 def text_diff(before: str, after: str, width: int = 120) -> tuple[str, str]:
     "The part of two texts that differs, with a few characters around it, each in at most `width`."
     start = next((i for i, (a, b) in enumerate(zip(before, after)) if a != b), min(len(before), len(after)))
-    end = next((i for i, (a, b) in enumerate(zip(before[::-1], after[::-1])) if a != b), min(len(before), len(after)))
+    end = next(
+        (i for i, (a, b) in enumerate(zip(before[::-1], after[::-1])) if a != b), min(len(before), len(after))
+    )
     end = min(end, len(before) - start, len(after) - start)
-    around = lambda t: ("…" if start > 20 else "") + t[max(0, start - 20) : len(t) - end + min(20, end)] + ("…" if end > 20 else "")
+    around = lambda t: (
+        ("…" if start > 20 else "")
+        + t[max(0, start - 20) : len(t) - end + min(20, end)]
+        + ("…" if end > 20 else "")
+    )
     return one_line(around(before), width), one_line(around(after), width)
 
 # %% ../../nbs/data/32_repair.ipynb #row-diff
@@ -104,13 +133,21 @@ def row_diff(line: bytes, after: dict) -> tuple[str, str]:
     "What a repair changes: the first message or other value that differs, before and after."
     try: before = parse_line_lenient(line)
     except RefusedRowError: before = None
-    if not isinstance(before, dict): return text_diff(line.decode("utf-8", "replace").strip(), to_json_line(after))
+    if not isinstance(before, dict):
+        return text_diff(line.decode("utf-8", "replace").strip(), to_json_line(after))
     for key in after:
         a, b = before.get(key), after[key]
         if isinstance(a, list) and isinstance(b, list):
             k = next((k for k in range(max(len(a), len(b))) if a[k : k + 1] != b[k : k + 1]), None)
-            if k is not None: return text_diff(*(f"{key}[{k}]: {to_json_line(x[k])}" if k < len(x) else f"{key}[{k}]: nothing" for x in (a, b)))
-        elif a != b and a is not None: return text_diff(f"{key}: {to_json_line(a)}", f"{key}: {to_json_line(b)}")
+            if k is not None:
+                return text_diff(
+                    *(
+                        f"{key}[{k}]: {to_json_line(x[k])}" if k < len(x) else f"{key}[{k}]: nothing"
+                        for x in (a, b)
+                    )
+                )
+        elif a != b and a is not None:
+            return text_diff(f"{key}: {to_json_line(a)}", f"{key}: {to_json_line(b)}")
     return text_diff(line.decode("utf-8", "replace").strip(), to_json_line(after))
 
 # %% ../../nbs/data/32_repair.ipynb #signature
@@ -127,11 +164,21 @@ def row_hash(sample: Sample) -> int:
 
 def minhash(sample: Sample) -> np.ndarray:
     "32 numbers for comparing rows by their words; zeros for a row of less than eight words."
-    text = sample.text if isinstance(sample, TextSample) else "\n".join(m.content for m in sample.messages if isinstance(m.content, str))
-    words = np.array([zlib.crc32(w.encode("utf-8", "replace")) for w in text.lower().split()], dtype=np.uint64)
+    text = (
+        sample.text
+        if isinstance(sample, TextSample)
+        else "\n".join(m.content for m in sample.messages if isinstance(m.content, str))
+    )
+    words = np.array(
+        [zlib.crc32(w.encode("utf-8", "replace")) for w in text.lower().split()], dtype=np.uint64
+    )
     if len(words) < 8: return np.zeros(32, dtype=np.uint32)
     runs = np.unique(words[:-2] * _MIX[0] + words[1:-1] * _MIX[1] + words[2:] * _MIX[2])
-    return (((runs[:, None] ^ (runs[:, None] >> np.uint64(29))) * _A + _B) >> np.uint64(32)).min(0).astype(np.uint32)
+    return (
+        (((runs[:, None] ^ (runs[:, None] >> np.uint64(29))) * _A + _B) >> np.uint64(32))
+        .min(0)
+        .astype(np.uint32)
+    )
 
 # %% ../../nbs/data/32_repair.ipynb #near-duplicates
 def near_duplicates(signatures: np.ndarray) -> list[tuple[int, int]]:
@@ -145,5 +192,6 @@ def near_duplicates(signatures: np.ndarray) -> list[tuple[int, int]]:
         for k in same.tolist(): first[k + 1] = first[k]  # each row against the first of its band
         for k in same.tolist():
             a, b = int(real[first[k + 1]]), int(real[order[k + 1]])
-            if b not in found and a < b and (signatures[a] == signatures[b]).mean() >= NEAR_DUPLICATE_SHARE: found[b] = a
+            if b not in found and a < b and (signatures[a] == signatures[b]).mean() >= NEAR_DUPLICATE_SHARE:
+                found[b] = a
     return sorted(found.items())

@@ -170,7 +170,7 @@ def train_eval_split(
     seed: int = 0,
     by: str | Callable[[dict], Any] | None = None,  # what keeps rows together
 ) -> tuple[Any, Any]:
-    "`(training rows, evaluation rows)`: whole groups, in their old order; a DataFrame as two, others as lists."
+    "`(training rows, evaluation rows)`: whole groups in their old order; two DataFrames of one, else lists."
     records = [row for _, row in read_rows(rows)]
     if isinstance(by, str) and (missing := sum(by not in r for r in records)):
         columns = ", ".join(sorted({k for r in records for k in r}))

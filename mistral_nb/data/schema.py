@@ -46,7 +46,10 @@ class Location:
     field: str = ""
 
     def __str__(self) -> str:
-        return ", ".join(filter(None, [self.file, f"line {self.line}" if self.line else "", self.field])) or "row"
+        return (
+            ", ".join(filter(None, [self.file, f"line {self.line}" if self.line else "", self.field]))
+            or "row"
+        )
 
     def at(self, *parts: str | int) -> "Location":
         "The same row, at a field within this one"
@@ -57,11 +60,14 @@ class Location:
 class SampleError(ValueError):
     "A row that cannot be trained on; says where, what is wrong, and what to do."
 
-    def __init__(self, where: Location, problem: str, hint: str = "", code: str = "type"):  # code: see data.check
+    def __init__(
+        self, where: Location, problem: str, hint: str = "", code: str = "type"
+    ):  # code: see data.check
         self.where, self.problem, self.hint, self.code = where, problem, hint, code
         super().__init__(f"{where}: {problem}" + (f" ({hint})" if hint else ""))
 
-    def __reduce__(self): return type(self), (self.where, self.problem, self.hint, self.code)  # survives a process pool
+    def __reduce__(self):  # survives a process pool
+        return type(self), (self.where, self.problem, self.hint, self.code)
 
 # %% ../../nbs/data/10_schema.ipynb #samples
 @dataclass(frozen=True)
@@ -87,8 +93,12 @@ ROLES = ("user", "assistant", "system", "tool")
 def one_of_keys(row: dict, keys: tuple[str, str], where: Location, required: bool = True) -> tuple[str, Any]:
     "`(key, value)` for the one of `keys` that `row` has; `SampleError` for both, or for none if `required`."
     here = [k for k in keys if k in row]
-    if len(here) == 2: raise SampleError(where, f"there is {keys[0]!r} and {keys[1]!r}", "keep one of them", "ambiguous")
-    if not here and required: raise SampleError(where, f"there is no {keys[0]!r} and no {keys[1]!r}", _other_format(row, where), "no-data")
+    if len(here) == 2:
+        raise SampleError(where, f"there is {keys[0]!r} and {keys[1]!r}", "keep one of them", "ambiguous")
+    if not here and required:
+        raise SampleError(
+            where, f"there is no {keys[0]!r} and no {keys[1]!r}", _other_format(row, where), "no-data"
+        )
     return (here[0], row[here[0]]) if here else (keys[0], None)
 
 
@@ -101,7 +111,8 @@ def _other_format(row: dict, where: Location) -> str:
 def expect_type(value: Any, kind: type, where: Location, hint: str = "", code: str = "type") -> Any:
     "`value` itself if it is a `kind`, else a `SampleError`."
     names = {dict: "an object", list: "a list", str: "a text"}
-    if not isinstance(value, kind): raise SampleError(where, f"{one_line(repr(value), 40)} is not {names[kind]}", hint, code)
+    if not isinstance(value, kind):
+        raise SampleError(where, f"{one_line(repr(value), 40)} is not {names[kind]}", hint, code)
     return value
 
 # %% ../../nbs/data/10_schema.ipynb #parse-text
@@ -118,7 +129,10 @@ def parse_tools(tools: Any, where: Location) -> tuple[Tool, ...]:
         func = expect_type(tool, dict, where.at(i)).get("function")
         expect_type(func, dict, at, "a tool is {'type': 'function', 'function': {...}}", "tool")
         for key in ("name", "description", "parameters"):
-            if key not in func: raise SampleError(at, f"there is no {key!r}", "a function has name, description and parameters", "tool")
+            if key not in func:
+                raise SampleError(
+                    at, f"there is no {key!r}", "a function has name, description and parameters", "tool"
+                )
         expect_type(func["parameters"], dict, at.at("parameters"), "parameters is a JSON schema", "tool")
     try: return _build_tools(json.dumps(tools), where)
     except RecursionError: raise SampleError(where, "a schema is nested too deeply", code="tool") from None
@@ -146,14 +160,18 @@ _NAME = re.compile("[a-zA-Z0-9_-]{1,64}")
 
 
 def is_simple_schema(schema: Any, deep: int = 8) -> bool:
-    "Whether a JSON schema has nothing but the usual keys with the usual values, at most `deep` in one another, so that nothing is left to check."
+    "Whether a JSON schema has only usual keys and values, at most `deep` in one another: nothing is left to check."
     if type(schema) is not dict or not deep: return False
     for key, value in schema.items():
         if key == "type": good = type(value) is str and value in JSON_TYPES
         elif key in ("description", "title"): good = type(value) is str
-        elif key == "properties": good = type(value) is dict and all(is_simple_schema(v, deep - 1) for v in value.values())
+        elif key == "properties":
+            good = type(value) is dict and all(is_simple_schema(v, deep - 1) for v in value.values())
         elif key == "items": good = is_simple_schema(value, deep - 1)
-        elif key == "required": good = type(value) is list and all(type(v) is str for v in value) and len(set(value)) == len(value)
+        elif key == "required":
+            good = (
+                type(value) is list and all(type(v) is str for v in value) and len(set(value)) == len(value)
+            )
         else: good = key == "default" or key == "enum" and type(value) is list
         if not good: return False
     return True
@@ -167,7 +185,9 @@ def is_simple_tool(tool: Tool) -> bool:
 @lru_cache(maxsize=None)
 def finetuning_validator(version: str) -> MistralRequestValidator:
     "mistral-common's validator for fine-tuning; versions up to v3 share v3's, as in mistral-finetune."
-    return get_validator(TokenizerVersion(version if version not in ("v1", "v2") else "v3"), mode=ValidationMode.finetuning)
+    return get_validator(
+        TokenizerVersion(version if version not in ("v1", "v2") else "v3"), mode=ValidationMode.finetuning
+    )
 
 
 def error_text(error: Exception) -> str:
@@ -183,44 +203,70 @@ def parse_calls(calls: Any, where: Location) -> list[ToolCall]:
     for i, call in enumerate(expect_type(calls, list, where)):
         at = where.at(i)
         for key in ("id", "function"):
-            if key not in expect_type(call, dict, at): raise SampleError(at, f"there is no {key!r}", "a call is {'id': ..., 'function': {'name': ..., 'arguments': ...}}", "tool-call")
+            if key not in expect_type(call, dict, at):
+                raise SampleError(
+                    at, f"there is no {key!r}",
+                    "a call is {'id': ..., 'function': {'name': ..., 'arguments': ...}}", "tool-call",
+                )
         func = expect_type(call["function"], dict, at.at("function"))
         for key in ("name", "arguments"):
             if key not in func: raise SampleError(at.at("function"), f"there is no {key!r}", code="tool-call")
-        expect_type(func["arguments"], str, at.at("function", "arguments"), "arguments is JSON text: use json.dumps, not str", "arguments")
-        try: out.append(ToolCall(id=call["id"], function=FunctionCall(name=func["name"], arguments=func["arguments"])))
+        expect_type(
+            func["arguments"], str, at.at("function", "arguments"),
+            "arguments is JSON text: use json.dumps, not str", "arguments",
+        )
+        try:
+            out.append(
+                ToolCall(id=call["id"], function=FunctionCall(name=func["name"], arguments=func["arguments"]))
+            )
         except ValidationError as e: raise SampleError(at, error_text(e), code="tool-call") from None
     return out
 
 # %% ../../nbs/data/10_schema.ipynb #messages
 def _usual(entry: Any) -> tuple[str, Any] | None:
     "`(role, message)` of an entry that holds nothing but a user's or assistant's text; None for all others"
-    if type(entry) is not dict or len(entry) != 2 or type(text := entry.get("content")) is not str: return None
+    if type(entry) is not dict or len(entry) != 2 or type(text := entry.get("content")) is not str:
+        return None
     if entry.get("role") == "user": return "user", UserMessage(content=text)
-    return ("assistant", FinetuningAssistantMessage(content=text)) if entry.get("role") == "assistant" else None
+    return (
+        ("assistant", FinetuningAssistantMessage(content=text)) if entry.get("role") == "assistant" else None
+    )
 
 
 def parse_system(value: Any, where: Location) -> str | list:
     "A system prompt: a text, or a list of parts."
     if not isinstance(value, list): return expect_type(value, str, where)
-    if not value: raise SampleError(where, "the system prompt has no parts", "leave it out, or give it a text", "no-content")
+    if not value:
+        raise SampleError(
+            where, "the system prompt has no parts", "leave it out, or give it a text", "no-content"
+        )
     return SystemMessage(content=value).content
 
 # %% ../../nbs/data/10_schema.ipynb #parse-message
 def parse_message(entry: Any, where: Location) -> tuple[str, Any]:
     "`(role, message)` of one entry; for the system role the message is its text."
     if "role" not in expect_type(entry, dict, where):
-        if not isinstance(entry.get("is_user"), bool): raise SampleError(where, "there is no 'role'", "use one of " + ", ".join(ROLES), "role")
+        if not isinstance(entry.get("is_user"), bool):
+            raise SampleError(where, "there is no 'role'", "use one of " + ", ".join(ROLES), "role")
         entry = {"role": "user" if entry["is_user"] else "assistant", **entry}
     role, calls = entry["role"], entry.get("tool_calls")
     key, content = one_of_keys(entry, ("content", "text"), where, required=False)
-    if role not in ROLES: raise SampleError(where.at("role"), f"the role is {one_line(repr(role), 40)}", "use one of " + ", ".join(ROLES), "role")
-    if content is None and (calls is None or role != "assistant"): raise SampleError(where.at(key), "there is no content", "give content a text", "no-content")
-    if content == [] and role in ("user", "assistant"): raise SampleError(where.at(key), "the content has no parts", "give content a text", "no-content")
+    if role not in ROLES:
+        raise SampleError(
+            where.at("role"), f"the role is {one_line(repr(role), 40)}", "use one of " + ", ".join(ROLES),
+            "role",
+        )
+    if content is None and (calls is None or role != "assistant"):
+        raise SampleError(where.at(key), "there is no content", "give content a text", "no-content")
+    if content == [] and role in ("user", "assistant"):
+        raise SampleError(where.at(key), "the content has no parts", "give content a text", "no-content")
     try:
         if role == "user": return role, UserMessage(content=content)
         if role == "system": return role, parse_system(content, where.at(key))
-        if role == "tool": return role, ToolMessage(content=content, tool_call_id=entry.get("tool_call_id"), name=entry.get("name"))
+        if role == "tool":
+            return role, ToolMessage(
+                content=content, tool_call_id=entry.get("tool_call_id"), name=entry.get("name")
+            )
         calls = None if calls is None else parse_calls(calls, where.at("tool_calls"))
         return role, FinetuningAssistantMessage(content=content, tool_calls=calls, weight=entry.get("weight"))
     except ValidationError as e: raise SampleError(where, error_text(e), code="message") from None
@@ -235,41 +281,71 @@ def parse_settings(row: dict, where: Location) -> dict | None:
     is_ours = isinstance(more, dict) and any(k in more for k in REQUEST_SETTINGS)
     found = {k: v for k, v in more.items() if v is not None} if is_ours else {}
     if unknown := [k for k in found if k not in REQUEST_SETTINGS]:
-        raise SampleError(where.at("settings"), f"there is no setting {one_line(unknown[0], 30)!r}", f"some of {', '.join(REQUEST_SETTINGS)}", "settings")
+        raise SampleError(
+            where.at("settings"), f"there is no setting {one_line(unknown[0], 30)!r}",
+            f"some of {', '.join(REQUEST_SETTINGS)}", "settings",
+        )
     if (effort := row.get("reasoning_effort")) is not None:
         if found.get("reasoning_effort", effort) != effort:
-            raise SampleError(where.at("reasoning_effort"), "the row and its settings say different things", "keep one of them", "settings")
+            raise SampleError(
+                where.at("reasoning_effort"), "the row and its settings say different things",
+                "keep one of them", "settings",
+            )
         found["reasoning_effort"] = effort
     if (effort := found.get("reasoning_effort")) is not None and effort not in list(ReasoningEffort):
-        raise SampleError(where.at("reasoning_effort"), f"there is no {one_line(repr(effort), 30)}", f"one of {', '.join(ReasoningEffort)}", "settings")
-    if "json_schema" in found: expect_type(found["json_schema"], dict, where.at("settings", "json_schema"), "it is a JSON schema")
+        raise SampleError(
+            where.at("reasoning_effort"), f"there is no {one_line(repr(effort), 30)}",
+            f"one of {', '.join(ReasoningEffort)}", "settings",
+        )
+    if "json_schema" in found:
+        expect_type(found["json_schema"], dict, where.at("settings", "json_schema"), "it is a JSON schema")
     return found or None
 
 # %% ../../nbs/data/10_schema.ipynb #chat
 _BOOL = TypeAdapter(bool)
-ERROR_CODES = dict(InvalidMessageStructureException="order", InvalidAssistantMessageException="answer", InvalidToolMessageException="tool-call", InvalidToolCallException="tool-call", InvalidFunctionCallException="tool-call")
+ERROR_CODES = dict(
+    InvalidMessageStructureException="order", InvalidAssistantMessageException="answer",
+    InvalidToolMessageException="tool-call", InvalidToolCallException="tool-call",
+    InvalidFunctionCallException="tool-call",
+)
 
 
 def parse_chat(row: dict, where: Location = Location(), version: str = "v3") -> ChatSample:
     "The conversation of a row; `SampleError` for anything that mistral-common would refuse to train on."
     key, entries = one_of_keys(row, ("messages", "interactions"), where)
-    tools_key, tools = one_of_keys({k: v for k, v in row.items() if v is not None}, ("tools", "available_tools"), where, required=False)
+    tools_key, tools = one_of_keys(
+        {k: v for k, v in row.items() if v is not None}, ("tools", "available_tools"), where, required=False
+    )
     system, messages = row.get("system_prompt"), []
     try: system = None if system is None else parse_system(system, where.at("system_prompt"))
-    except ValidationError as e: raise SampleError(where.at("system_prompt"), error_text(e), code="message") from None
+    except ValidationError as e:
+        raise SampleError(where.at("system_prompt"), error_text(e), code="message") from None
     for i, entry in enumerate(expect_type(entries, list, where.at(key))):
         role, message = _usual(entry) or parse_message(entry, where.at(key, i))
         if role != "system": messages.append(message)
         elif system is None: system = message
-        else: raise SampleError(where.at(key, i), "there is more than one system prompt", "join them into one", "system")
-    if isinstance(tools, int | float): expect_type(tools, list, where.at(tools_key))  # 0 and false are no way to say none
-    tools = parse_tools(tools, where.at(tools_key)) if tools or tools_key == "available_tools" and tools is not None else None
+        else:
+            raise SampleError(
+                where.at(key, i), "there is more than one system prompt", "join them into one", "system"
+            )
+    if isinstance(tools, int | float):
+        expect_type(tools, list, where.at(tools_key))  # 0 and false are no way to say none
+    tools = (
+        parse_tools(tools, where.at(tools_key))
+        if tools or tools_key == "available_tools" and tools is not None
+        else None
+    )
     try:
         only_last = _BOOL.validate_python(row.get("only_last") or False)
         finetuning_validator(version).validate_messages(messages)
     except ValidationError as e: raise SampleError(where.at("only_last"), error_text(e)) from None
-    except (MistralCommonException, ValueError) as e: raise SampleError(where.at(key), error_text(e), code=ERROR_CODES.get(type(e).__name__, "rules")) from None
-    return ChatSample(tuple(messages), system, tools, only_last or tools is not None, parse_settings(row, where))
+    except (MistralCommonException, ValueError) as e:
+        raise SampleError(
+            where.at(key), error_text(e), code=ERROR_CODES.get(type(e).__name__, "rules")
+        ) from None
+    return ChatSample(
+        tuple(messages), system, tools, only_last or tools is not None, parse_settings(row, where)
+    )
 
 # %% ../../nbs/data/10_schema.ipynb #role-name
 def role_name(message: Any) -> str:
@@ -284,12 +360,13 @@ def are_joined(before: Any, after: Any) -> bool:
 
 
 def conversation_prefixes(sample: ChatSample, joined: bool = False) -> list[ChatSample]:
-    "The samples that end at each earlier assistant message, longest first; none unless only the last is trained."
+    "The samples that end at earlier assistant messages, longest first; none unless only the last is trained."
     if not sample.only_last: return []
     m = sample.messages
     first_user = next((i for i, message in enumerate(m) if isinstance(message, UserMessage)), len(m))
     ends = [i for i in range(first_user + 1, len(m) - 1) if isinstance(m[i], AssistantMessage)]
-    if joined: ends = [i for i in ends if not are_joined(m[i], m[i + 1])]  # an answer that the next one goes on with
+    if joined:
+        ends = [i for i in ends if not are_joined(m[i], m[i + 1])]  # an answer that the next one goes on with
     return [replace(sample, messages=m[: i + 1]) for i in reversed(ends)]
 
 # %% ../../nbs/data/10_schema.ipynb #to-row
@@ -299,8 +376,16 @@ def to_row(sample: Sample) -> dict:
     messages = [m.model_dump(exclude_none=True, exclude={"prefix"}, mode="json") for m in sample.messages]
     out: dict = {"messages": messages}
     system = sample.system_prompt
-    if system is not None: out["system_prompt"] = system if isinstance(system, str) else [c.model_dump(exclude_none=True, mode="json") for c in system]
-    if sample.tools is not None: out["available_tools"] = [{"type": "function", "function": t.function.model_dump(exclude={"strict"})} for t in sample.tools]
+    if system is not None:
+        out["system_prompt"] = (
+            system
+            if isinstance(system, str)
+            else [c.model_dump(exclude_none=True, mode="json") for c in system]
+        )
+    if sample.tools is not None:
+        out["available_tools"] = [
+            {"type": "function", "function": t.function.model_dump(exclude={"strict"})} for t in sample.tools
+        ]
     elif sample.only_last: out["only_last"] = True
     if sample.settings: out["settings"] = sample.settings
     return out
@@ -312,7 +397,9 @@ def parse_row(row: Any, kind: str = "instruct", where: Location = Location(), ve
     return parse_text(row, where) if kind == "pretrain" else parse_chat(row, where, version)
 
 
-def parse_line(line: str | bytes, kind: str = "instruct", where: Location = Location(), version: str = "v3") -> Sample:
+def parse_line(
+    line: str | bytes, kind: str = "instruct", where: Location = Location(), version: str = "v3"
+) -> Sample:
     "The sample in a line of JSON."
     return parse_row(load_json_line(line, where), kind, where, version)
 
@@ -321,9 +408,18 @@ def load_json_line(line: str | bytes, where: Location = Location()) -> Any:
     "What a line of JSON says."
     if not line.strip(): raise SampleError(where, "the line is empty", "delete it", "empty-line")
     try: return json.loads(line.decode("utf-8") if isinstance(line, bytes) else line)
-    except UnicodeDecodeError as e: raise SampleError(where, f"byte {e.start + 1} of the line is not UTF-8", "save the file as UTF-8", "encoding") from None
-    except json.JSONDecodeError as e: raise SampleError(where, f"not JSON at character {e.pos + 1}: {e.msg}", "one object in double quotes a line", "json") from None
-    except ValueError as e: raise SampleError(where, f"not JSON: {one_line(e, 80)}", code="json") from None  # a number of thousands of digits
+    except UnicodeDecodeError as e:
+        raise SampleError(
+            where, f"byte {e.start + 1} of the line is not UTF-8", "save the file as UTF-8", "encoding"
+        ) from None
+    except json.JSONDecodeError as e:
+        raise SampleError(
+            where, f"not JSON at character {e.pos + 1}: {e.msg}", "one object in double quotes a line", "json"
+        ) from None
+    except ValueError as e:
+        raise SampleError(
+            where, f"not JSON: {one_line(e, 80)}", code="json"
+        ) from None  # a number of thousands of digits
     except RecursionError: raise SampleError(where, "the JSON is nested too deeply", code="json") from None
 
 
@@ -334,6 +430,8 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
             yield n, (line.removeprefix(b"\xef\xbb\xbf") if n == 1 else line).removesuffix(b"\n")
 
 # %% ../../nbs/data/10_schema.ipynb #read-samples
-def read_samples(path: str | Path, kind: str = "instruct", version: str = "v3") -> Iterator[tuple[int, Sample]]:
+def read_samples(
+    path: str | Path, kind: str = "instruct", version: str = "v3"
+) -> Iterator[tuple[int, Sample]]:
     "`(line number, sample)` for each line of a file; the first bad line raises `SampleError`."
     for n, line in read_lines(path): yield n, parse_line(line, kind, Location(str(path), n), version)

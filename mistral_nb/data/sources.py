@@ -32,7 +32,9 @@ class Source:
 def parse_run_sources(data: str = "", instruct_data: str = "") -> list[Source]:
     "Sources of a config, plain text first."
     text = [Source(s.path, "pretrain", s.weight) for s in parse_sources(data, "data.data")]
-    return text + [Source(s.path, "instruct", s.weight) for s in parse_sources(instruct_data, "data.instruct_data")]
+    return text + [
+        Source(s.path, "instruct", s.weight) for s in parse_sources(instruct_data, "data.instruct_data")
+    ]
 
 # %% ../../nbs/data/26_sources.ipynb #tokenizedsource
 @dataclass(frozen=True, eq=False)
@@ -63,47 +65,79 @@ def tokenize_source(
     progress: bool = False,
 ) -> TokenizedSource:
     "Every line of a source as tokens; the first bad line raises `SampleError` with file and line."
-    return TokenizedSource(source, [tokenize_file(f, tokenizer, source.kind, chunk, cache, workers, progress) for f in jsonl_files(source.path)])
+    return TokenizedSource(
+        source,
+        [
+            tokenize_file(f, tokenizer, source.kind, chunk, cache, workers, progress)
+            for f in jsonl_files(source.path)
+        ],
+    )
 
 # %% ../../nbs/data/26_sources.ipynb #check-long
 def check_source(data: TokenizedSource, world_size: int = 1) -> TokenizedSource:
     "`data` itself if every rank gets rows and something is trained, else a `DataError`."
-    if data.lines < world_size: raise DataError(f"{data.source.path} has {data.lines} rows for {world_size} ranks: add rows, join sources, or use fewer processes")
-    if not data.trained: raise DataError(f"{data.source.path} has no trained token: every assistant message has weight 0 or there is no row")
+    if data.lines < world_size:
+        raise DataError(
+            f"{data.source.path} has {data.lines} rows for {world_size} ranks: "
+            "add rows, join sources, or use fewer processes"
+        )
+    if not data.trained:
+        raise DataError(
+            f"{data.source.path} has no trained token: "
+            "every assistant message has weight 0 or there is no row"
+        )
     return data
 
 
 def check_long(data: TokenizedSource, seq_len: int, policy: str) -> TokenizedSource:
-    "`data` itself, or a `DataError` for the first sample that is longer than `seq_len` if `policy` is `error`."
+    "`data` itself, or with `policy` error a `DataError` for the first sample longer than `seq_len`."
     for f in data.files if policy == "error" else []:
         long = np.flatnonzero(f.length - 1 > seq_len)
-        if len(long): raise DataError(f"{f.file}, line {f.line[long[0]]}: {f.length[long[0]] - 1:,} positions, seq_len is {seq_len:,}, and {len(long):,} lines of this file are as long: raise seq_len, or choose another long_rows")
+        if len(long):
+            raise DataError(
+                f"{f.file}, line {f.line[long[0]]}: {f.length[long[0]] - 1:,} positions, seq_len is {seq_len:,}, and {len(long):,} lines of this file are as long: raise seq_len, or choose another long_rows"
+            )
     return data
 
 # %% ../../nbs/data/26_sources.ipynb #placed-lengths
 def placed_lengths(data: TokenizedSource, seq_len: int, policy: str) -> np.ndarray:
-    "Positions of each sample that come into rows: none of one without a trained target, nor of such a piece of a long one."
+    "Positions of each sample that come into rows: none of a sample, or piece, without a trained target."
     s = data.samples
     size = s.length.astype(np.int64) - 1
     placed = np.where((size <= seq_len) & (s.trained > 0), size, 0)
     for i in np.flatnonzero(size > seq_len).tolist():
         pieces = cut_sample(i, int(s.length[i]), s.turns, seq_len, policy)
         all_trained = s.trained[i] >= size[i]
-        placed[i] = sum(end - first for _, first, end, _ in pieces if all_trained or count_trained(s, i, first, end))
+        placed[i] = sum(
+            end - first for _, first, end, _ in pieces if all_trained or count_trained(s, i, first, end)
+        )
     return placed
 
 # %% ../../nbs/data/26_sources.ipynb #check-kept
 def check_kept(data: TokenizedSource, seq_len: int, policy: str) -> TokenizedSource:
     "`data` itself if something is trained after `policy`, else a `DataError`."
     s = data.samples
-    if ((s.length - 1 <= seq_len) & (s.trained > 0)).any() or policy not in ("drop", "truncate_left"): return data
+    if ((s.length - 1 <= seq_len) & (s.trained > 0)).any() or policy not in ("drop", "truncate_left"):
+        return data
     long = np.flatnonzero(s.length - 1 > seq_len).tolist() if policy == "truncate_left" else []
-    if any(count_trained(s, *p[:3]) for i in long for p in cut_sample(i, int(s.length[i]), s.turns, seq_len, policy)): return data
-    raise DataError(f"{data.source.path} has nothing to train on after long_rows: {policy} at seq_len {seq_len:,}: raise seq_len, or use split")
+    if any(
+        count_trained(s, *p[:3])
+        for i in long
+        for p in cut_sample(i, int(s.length[i]), s.turns, seq_len, policy)
+    ):
+        return data
+    raise DataError(
+        f"{data.source.path} has nothing to train on after long_rows: {policy} at seq_len {seq_len:,}: raise seq_len, or use split"
+    )
 
 
 def sources_table(data: list[TokenizedSource]) -> Table:
     "Rows, samples and tokens of each source."
     total = sum(d.source.weight for d in data)
-    row = lambda d: (short_path(d.source.path), d.source.kind, f"{d.source.weight / total:.0%}", d.lines, len(d.samples), d.tokens, d.trained, int(d.samples.length.max(initial=0)))
-    return Table(["source", "kind", "share", "rows", "samples", "tokens", "trained", "longest"], [row(d) for d in data])
+    row = lambda d: (
+        short_path(d.source.path), d.source.kind, f"{d.source.weight / total:.0%}", d.lines,
+        len(d.samples), d.tokens, d.trained, int(d.samples.length.max(initial=0)),
+    )
+    return Table(
+        ["source", "kind", "share", "rows", "samples", "tokens", "trained", "longest"], [row(d) for d in data]
+    )

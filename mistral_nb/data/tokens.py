@@ -38,10 +38,7 @@ from .schema import Sample, SampleError, TextSample
 
 # %% ../../nbs/data/20_tokens.ipynb #load
 BUNDLED = dict(
-    v1=MistralTokenizer.v1,
-    v2=MistralTokenizer.v2,
-    v3=MistralTokenizer.v3,
-    v7=MistralTokenizer.v7,
+    v1=MistralTokenizer.v1, v2=MistralTokenizer.v2, v3=MistralTokenizer.v3, v7=MistralTokenizer.v7,
 )
 BUNDLED["v3-tekken"] = lambda: MistralTokenizer.v3(is_tekken=True)
 
@@ -55,8 +52,14 @@ def tokenizer_file(folder: str | Path) -> Path:
     folder = Path(folder)
     if (folder / "tekken.json").exists(): return folder / "tekken.json"
     # a plain tokenizer.model is v1 by its name; released v2 and v3 folders hold a suffixed copy beside it
-    found = sorted(folder.glob("tokenizer.model*"), key=lambda p: int("".join(c for c in p.suffix if c.isdigit()) or 0))
-    if not found: raise TokenizerError(f"no tokenizer in {folder}: copy tekken.json or tokenizer.model.v3 from the model's release into it")
+    found = sorted(
+        folder.glob("tokenizer.model*"), key=lambda p: int("".join(c for c in p.suffix if c.isdigit()) or 0)
+    )
+    if not found:
+        raise TokenizerError(
+            f"no tokenizer in {folder}: "
+            "copy tekken.json or tokenizer.model.v3 from the model's release into it"
+        )
     return found[-1]
 
 # %% ../../nbs/data/20_tokens.ipynb #tokenizer
@@ -86,7 +89,9 @@ class Tokenizer:
 
     def decode(self, ids: list[int], special: bool = False) -> str:
         "Text of ids, with control tokens written out if `special`."
-        return self.base.decode(list(ids), special_token_policy=SpecialTokenPolicy.KEEP if special else SpecialTokenPolicy.IGNORE)
+        return self.base.decode(
+            list(ids), special_token_policy=SpecialTokenPolicy.KEEP if special else SpecialTokenPolicy.IGNORE
+        )
 
     def piece(self, id: int) -> str:
         "One token as text, control tokens as their name."
@@ -96,7 +101,8 @@ class Tokenizer:
         "Whether a token is a control token."
         return self.base.is_special(int(id))
 
-    def __repr__(self) -> str: return f"Tokenizer({self.file or 'bundled'}, {self.version}, {self.vocab_size:,} tokens)"
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.file or 'bundled'}, {self.version}, {self.vocab_size:,} tokens)"
 
 # %% ../../nbs/data/20_tokens.ipynb #from-file
 @lru_cache(maxsize=None)
@@ -118,7 +124,9 @@ def _plain_model(file: Path) -> MistralTokenizer | None:
     version = TokenizerVersion("v7" if "[SYSTEM_PROMPT]" in first else "v3" if "[PREFIX]" in first else "v2")
     writer = {"v2": InstructTokenizerV2, "v3": InstructTokenizerV3, "v7": InstructTokenizerV7}[version.value]
     tokens = writer(SentencePieceTokenizer(file, version))
-    return MistralTokenizer(tokens, get_validator(version, ValidationMode.test), get_normalizer(version, None))
+    return MistralTokenizer(
+        tokens, get_validator(version, ValidationMode.test), get_normalizer(version, None)
+    )
 
 # %% ../../nbs/data/20_tokens.ipynb #as-finetune
 RAW_PREFIX = "as mistral-finetune: "  # before the origin of a raw tokenizer
@@ -130,15 +138,24 @@ def as_finetune(tokenizer: Tokenizer) -> Tokenizer:
 
 # %% ../../nbs/data/20_tokens.ipynb #load-tokenizer
 def load_tokenizer(where: str | Path) -> Tokenizer:
-    "The tokenizer of a model folder, of a tokenizer file, or bundled for `v1`, `v2`, `v3`, `v3-tekken`, `v7`; the last few are kept."
-    if str(where).startswith(RAW_PREFIX): return as_finetune(load_tokenizer(str(where).removeprefix(RAW_PREFIX)))
+    "The tokenizer of a model folder or a tokenizer file, or a bundled one by its name, see `BUNDLED`."
+    if str(where).startswith(RAW_PREFIX):
+        return as_finetune(load_tokenizer(str(where).removeprefix(RAW_PREFIX)))
     if str(where) in BUNDLED: return _bundled(str(where))
     path = Path(where)
-    if not path.exists(): raise TokenizerError(f"there is no tokenizer {str(where)!r}: give a model folder, a tokenizer file, or one of {', '.join(BUNDLED)}")
+    if not path.exists():
+        raise TokenizerError(
+            f"there is no tokenizer {str(where)!r}: "
+            f"give a model folder, a tokenizer file, or one of {', '.join(BUNDLED)}"
+        )
     file = tokenizer_file(path) if path.is_dir() else path
     now = file.stat()
-    try: return _from_file(file, str(file.resolve()), (now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino))
-    except (MistralCommonException, ValueError, AssertionError, KeyError, RuntimeError) as e: raise TokenizerError(f"{file} cannot be read as a tokenizer: {e}") from e
+    try:
+        return _from_file(
+            file, str(file.resolve()), (now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino)
+        )
+    except (MistralCommonException, ValueError, AssertionError, KeyError, RuntimeError) as e:
+        raise TokenizerError(f"{file} cannot be read as a tokenizer: {e}") from e
 
 # %% ../../nbs/data/20_tokens.ipynb #template
 TEMPLATE_MARKS = {
@@ -149,32 +166,43 @@ TEMPLATE_MARKS = {
 
 def other_template(folder: Path) -> str:
     "A sentence about a folder whose chat template is not Mistral's; empty if it is, or if there is none."
-    if (folder / "chat_template.jinja").is_file(): text = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
+    if (folder / "chat_template.jinja").is_file():
+        text = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
     else: text = _template_in_config(folder / "tokenizer_config.json")
     if not text or "[INST]" in text: return ""
     kind = next((k for k, mark in TEMPLATE_MARKS.items() if mark in text), "another")
-    return f"the chat template of {folder} is {kind}, not Mistral's: chats are trained in Mistral's format, which this model was not tuned on"
+    trained = "chats are trained in Mistral's format, which this model was not tuned on"
+    return f"the chat template of {folder} is {kind}, not Mistral's: {trained}"
 
 
 def _template_in_config(file: Path) -> str:
     if not file.is_file(): return ""
     try: found = json.loads(file.read_text(encoding="utf-8")).get("chat_template") or ""
     except (ValueError, AttributeError): return ""
-    return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)  # a list of named templates
+    return (
+        found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+    )  # a list of named templates
 
 # %% ../../nbs/data/20_tokens.ipynb #check-vocab
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
     "`TokenizerError` unless the tokenizer can be that of a model with `vocab_size` rows of embeddings."
-    if tokenizer.vocab_size > vocab_size or (tokenizer.vocab_size != vocab_size and vocab_size in RELEASED_VOCAB_SIZES):
+    if tokenizer.vocab_size > vocab_size or (
+        tokenizer.vocab_size != vocab_size and vocab_size in RELEASED_VOCAB_SIZES
+    ):
         raise TokenizerError(
-            f"{tokenizer} does not fit the model, which has vocab_size {vocab_size:,}: use the model's own tokenizer, "
-            "or extend a 32000-token model with extend_vocab"
+            f"{tokenizer} does not fit the model, which has vocab_size {vocab_size:,}: "
+            "use the model's own tokenizer, or extend a 32000-token model with extend_vocab"
         )
 
-RELEASED_VOCAB_SIZES = (32000, 32768, 131072)  # vocabulary sizes of Mistral's releases; other sizes belong to models that somebody extended
+RELEASED_VOCAB_SIZES = (
+    32000, 32768, 131072,
+)  # vocabulary sizes of Mistral's releases; other sizes belong to models that somebody extended
 
 # %% ../../nbs/data/20_tokens.ipynb #token-sample
-WHY = {0: "start", 1: "trained", 2: "system prompt", 4: "question", 6: "tool result", 8: "answer of weight 0", 10: "answer before the last"}
+WHY = {
+    0: "start", 1: "trained", 2: "system prompt", 4: "question", 6: "tool result",
+    8: "answer of weight 0", 10: "answer before the last",
+}
 START, TRAINED, SYSTEM, QUESTION, RESULT, ZERO, EARLIER = WHY
 
 
@@ -189,7 +217,11 @@ class TokenSample:
     def __len__(self) -> int: return len(self.tokens)
 
     def __eq__(self, other) -> bool:
-        return isinstance(other, TokenSample) and np.array_equal(self.tokens, other.tokens) and np.array_equal(self.mask, other.mask)
+        return (
+            isinstance(other, TokenSample)
+            and np.array_equal(self.tokens, other.tokens)
+            and np.array_equal(self.mask, other.mask)
+        )
 
     def __repr__(self) -> str: return f"TokenSample({len(self)} tokens, {int(self.mask.sum())} trained)"
 
@@ -221,8 +253,11 @@ def as_server_sends(message: Any) -> Any:
     "A message with what a server of v1 to v3 mends in it."
     changed: dict[str, Any] = {}
     if isinstance(message.content, list): changed["content"] = join_text_parts(message.content)
-    if isinstance(message, ToolMessage) and not changed.get("content", message.content): changed["content"] = "{}"
-    if isinstance(message, AssistantMessage) and any(c.function.arguments == "" for c in message.tool_calls or []):
+    if isinstance(message, ToolMessage) and not changed.get("content", message.content):
+        changed["content"] = "{}"
+    if isinstance(message, AssistantMessage) and any(
+        c.function.arguments == "" for c in message.tool_calls or []
+    ):
         changed["tool_calls"] = [_with_arguments(c) for c in message.tool_calls]
     return message.model_copy(update=changed) if changed else message
 
@@ -239,18 +274,22 @@ def system_message(sample: ChatSample) -> list[SystemMessage]:
 # %% ../../nbs/data/20_tokens.ipynb #effort
 def has_thought(sample: ChatSample) -> bool:
     "Whether an answer of the sample holds a thought."
-    return any(isinstance(c, ThinkChunk) for m in sample.messages if isinstance(m.content, list) for c in m.content)
+    return any(
+        isinstance(c, ThinkChunk) for m in sample.messages if isinstance(m.content, list) for c in m.content
+    )
 
 # %% ../../nbs/data/20_tokens.ipynb #request-settings
 def request_settings(sample: ChatSample, tokenizer: Tokenizer) -> dict[str, Any]:
-    "The settings of the request that a sample answers, as mistral-common's request takes them; `ValueError` before v15."
+    "The settings of the request that a sample answers, for mistral-common; `ValueError` before v15."
     found = dict(sample.settings or {})
     if tokenizer.number < 15:
         if found: raise ValueError(f"{' and '.join(found)} can be said from v15 on: leave it out of the row")
         return {}
     if "reasoning_effort" not in found and has_thought(sample): found["reasoning_effort"] = "high"
     if schema := found.pop("json_schema", None):
-        found["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+        found["response_format"] = {
+            "type": "json_schema", "json_schema": {"name": "answer", "schema": schema},
+        }
     return found
 
 # %% ../../nbs/data/20_tokens.ipynb #effort-mismatch
@@ -258,35 +297,47 @@ def effort_mismatch(sample: ChatSample, tokenizer: Tokenizer) -> tuple[str, str]
     "What the answers of a v15 sample do, and what its reasoning_effort asks for, if these differ."
     if tokenizer.number < 15: return None
     asked = (sample.settings or {}).get("reasoning_effort")
-    if has_thought(sample) and asked in (None, "none"): return "the answers think", f"reasoning_effort is {asked or 'not said'}"
-    if not has_thought(sample) and asked not in (None, "none"): return "no answer thinks", f"reasoning_effort is {asked}"
+    if has_thought(sample) and asked in (None, "none"):
+        return "the answers think", f"reasoning_effort is {asked or 'not said'}"
+    if not has_thought(sample) and asked not in (None, "none"):
+        return "no answer thinks", f"reasoning_effort is {asked}"
     return None
 
 # %% ../../nbs/data/20_tokens.ipynb #served
 def served_messages(sample: ChatSample, tokenizer: Tokenizer) -> tuple[list[tuple], ModelSettings]:
-    "`(message, weight)` in the order in which the tokenizer's version encodes them, and its model settings (v15)."
+    "`(message, weight)` in the order in which they are encoded, and the model settings (v15)."
     settings = request_settings(sample, tokenizer)
     if tokenizer.number < 7:
-        return [(m if tokenizer.raw else as_server_sends(m), getattr(m, "weight", None)) for m in sample.messages], ModelSettings.none()
+        return [
+            (m if tokenizer.raw else as_server_sends(m), getattr(m, "weight", None)) for m in sample.messages
+        ], ModelSettings.none()
     request = ChatCompletionRequest(messages=[*system_message(sample), *sample.messages], **settings)
     request = tokenizer.mistral._instruct_request_normalizer.from_chat_completion_request(request)
     weights = answer_weights(sample.messages)
     answers = sum(isinstance(m, AssistantMessage) for m in request.messages)
     assert len(weights) == answers, "the normalizer joined other messages than expected"
     each = iter(weights)
-    return [(m, next(each) if isinstance(m, AssistantMessage) else None) for m in request.messages], request.settings
+    return [
+        (m, next(each) if isinstance(m, AssistantMessage) else None) for m in request.messages
+    ], request.settings
 
 # %% ../../nbs/data/20_tokens.ipynb #answer-weights
 def answer_weights(messages: Sequence[Any]) -> list[float | None]:
     "The weight of each answer that a server sees from v7 on: neighbouring answers of one weight are one."
     pairs = zip(messages, [None, *messages])
-    return [getattr(m, "weight", None) for m, before in pairs if isinstance(m, AssistantMessage) and not are_joined(before, m)]
+    return [
+        getattr(m, "weight", None)
+        for m, before in pairs
+        if isinstance(m, AssistantMessage) and not are_joined(before, m)
+    ]
 
 # %% ../../nbs/data/20_tokens.ipynb #encode
 def drop_call_ids(message: AssistantMessage) -> AssistantMessage:
     "The message with the ids of its tool calls left out of the text."
     if not message.tool_calls: return message
-    return message.model_copy(update={"tool_calls": [c.model_copy(update={"id": "null"}) for c in message.tool_calls]})
+    return message.model_copy(
+        update={"tool_calls": [c.model_copy(update={"id": "null"}) for c in message.tool_calls]}
+    )
 
 # %% ../../nbs/data/20_tokens.ipynb #encode-messages
 def encode_messages(
@@ -302,13 +353,21 @@ def encode_messages(
     users = [i for i, (m, _) in enumerate(messages) if isinstance(m, UserMessage)] or [-1]
     tools = list(sample.tools) if sample.tools else None
     system = join_text_parts(sample.system_prompt) if tokenizer.number < 7 else None
-    memo = memo if memo is not None and tokenizer.number < 7 else {}  # later versions join messages, in each beginning anew
+    memo = (
+        memo if memo is not None and tokenizer.number < 7 else {}
+    )  # later versions join messages, in each beginning anew
 
     def write(i: int, message: Any, last: bool) -> list[int]:
-        if isinstance(message, UserMessage): return encoder.encode_user_message(message, tools, i == users[-1], i == users[0], system_prompt=system, force_img_first=True, settings=settings)[0]
+        if isinstance(message, UserMessage):
+            return encoder.encode_user_message(
+                message, tools, i == users[-1], i == users[0], system_prompt=system, force_img_first=True,
+                settings=settings,
+            )[0]
         if isinstance(message, ToolMessage): return encoder.encode_tool_message(message, i < users[-1])[0]
         if isinstance(message, SystemMessage): return encoder.encode_system_message(message)[0]
-        return encoder.encode_assistant_message(drop_call_ids(message) if last and tokenizer.number < 13 else message, i < users[-1])
+        return encoder.encode_assistant_message(
+            drop_call_ids(message) if last and tokenizer.number < 13 else message, i < users[-1]
+        )
     out: MessageIds = [(encoder.start(), START)]
     for i, (message, weight) in enumerate(messages):
         last = i == len(messages) - 1
@@ -320,38 +379,54 @@ def encode_messages(
 # %% ../../nbs/data/20_tokens.ipynb #encode-code
 def why_of(message: Any, weight: float | None, last: bool, only_last: bool) -> int:
     "Why the tokens of a message are trained or not, a key of `WHY`."
-    if not isinstance(message, AssistantMessage): return {"user": QUESTION, "tool": RESULT, "system": SYSTEM}[message.role]
+    if not isinstance(message, AssistantMessage):
+        return {"user": QUESTION, "tool": RESULT, "system": SYSTEM}[message.role]
     return ZERO if weight == 0 else EARLIER if only_last and not last else TRAINED
 
 
 def encode_chat(sample: ChatSample, tokenizer: Tokenizer) -> TokenSample:
-    "Ids and mask of a conversation; `NotImplementedError`, `AssertionError` or mistral-common's errors if the version has no way to write it."
+    "Ids and mask of a conversation; one of `ENCODING_ERRORS` if the version has no way to write it."
     return concat_pieces(encode_messages(sample, tokenizer))
 
-ENCODING_ERRORS = (MistralCommonException, AssertionError, NotImplementedError, ValueError, RuntimeError, TypeError)  # what mistral-common raises for a message that a version cannot write
+ENCODING_ERRORS = (
+    MistralCommonException, AssertionError, NotImplementedError, ValueError, RuntimeError, TypeError,
+)  # what mistral-common raises for a message that a version cannot write
 
 
 def encoding_error(error: Exception, tokenizer: Tokenizer, where: Location) -> SampleError:
     "The `SampleError` for one of `ENCODING_ERRORS`."
     surrogate = "Unable to cast" in str(error) or isinstance(error, UnicodeEncodeError)
     text = "an unpaired surrogate cannot be encoded" if surrogate else error_text(error)
-    return SampleError(where, f"tokenizer {tokenizer.version} cannot encode this: {text}", code="surrogate" if surrogate else "tokenizer")
+    return SampleError(
+        where, f"tokenizer {tokenizer.version} cannot encode this: {text}",
+        code="surrogate" if surrogate else "tokenizer",
+    )
 
 
 def encode(sample: Sample, tokenizer: Tokenizer, where: Location = Location()) -> TokenSample:
     "Ids and mask of a sample; `SampleError` if this tokenizer cannot write it."
     try:
-        if isinstance(sample, TextSample): return concat_pieces([(tokenizer.encode_text(sample.text, bos=True, eos=True), TRAINED)])
+        if isinstance(sample, TextSample):
+            return concat_pieces([(tokenizer.encode_text(sample.text, bos=True, eos=True), TRAINED)])
         return encode_chat(sample, tokenizer)
     except ENCODING_ERRORS as e: raise encoding_error(e, tokenizer, where) from e
 
 
 def with_prefixes(sample: Sample, tokenizer: Tokenizer) -> list[Sample]:
-    "A sample and its shorter beginnings, see `conversation_prefixes`; from v7 on none ends where the tokenizer joins two answers."
-    return [sample, *(conversation_prefixes(sample, joined=tokenizer.number >= 7) if isinstance(sample, ChatSample) else [])]
+    "A sample and its shorter beginnings; from v7 on none ends where the tokenizer joins two answers."
+    return [
+        sample,
+        *(
+            conversation_prefixes(sample, joined=tokenizer.number >= 7)
+            if isinstance(sample, ChatSample)
+            else []
+        ),
+    ]
 
 # %% ../../nbs/data/20_tokens.ipynb #encode-with-prefixes
-def encode_with_prefixes(sample: Sample, tokenizer: Tokenizer, where: Location = Location()) -> list[TokenSample]:
+def encode_with_prefixes(
+    sample: Sample, tokenizer: Tokenizer, where: Location = Location()
+) -> list[TokenSample]:
     "Ids and masks of a sample and its shorter beginnings."
     return [encode(s, tokenizer, where) for s in with_prefixes(sample, tokenizer)]
 

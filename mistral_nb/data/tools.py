@@ -81,7 +81,8 @@ def normalize_tools(value: Any, notes: list[str]) -> list[dict]:
     "Tools in our form from a list of functions, wrapped or not, or its JSON text."
     value = parse_json_text(value, "the tools", notes)
     every = [value] if isinstance(value, dict) else value or []
-    if not isinstance(every, list): raise RefusedRowError("the tools are not a list", one_line(repr(value), 40))
+    if not isinstance(every, list):
+        raise RefusedRowError("the tools are not a list", one_line(repr(value), 40))
     return [_tool(parse_json_text(tool, "a tool", notes), notes) for tool in every]
 
 # %% ../../nbs/data/16_tools.ipynb #tool
@@ -94,15 +95,15 @@ def _tool(tool: Any, notes: list[str]) -> dict:
         if outer.get("type") in (None, "function"): notes += outer.left()
         else: raise RefusedRowError("a tool is not a function", one_line(repr(tool["type"]), 30))
     elif tool.get("type") in (None, "function"): func.get("type")
-    if not isinstance(func.get("name"), str): raise RefusedRowError("a tool has no name", one_line(repr(tool), 40))
+    if not isinstance(func.get("name"), str):
+        raise RefusedRowError("a tool has no name", one_line(repr(tool), 40))
     parameters = parse_json_text(func.first("parameters", "input_schema"), "the parameters of a tool")
     text = func.get("description")
     notes += func.left()
     return {
         "type": "function",
         "function": {
-            "name": inner["name"],
-            "description": text or "",
+            "name": inner["name"], "description": text or "",
             "parameters": _parameters(parameters, notes),
         },
     }
@@ -197,7 +198,8 @@ def normalize_call(value: Any, ids: CallIds, tools: list[dict] = (), notes: list
     "A call from `{name, arguments}`, alone or under `function`, or its JSON text."
     notes = [] if notes is None else notes
     value = parse_json_text(value, "a call", notes)
-    if not isinstance(value, dict): raise RefusedRowError("a call is not an object", one_line(repr(value), 40))
+    if not isinstance(value, dict):
+        raise RefusedRowError("a call is not an object", one_line(repr(value), 40))
     outer = UsedKeys(value, "call")
     wrapped = isinstance(value.get("function"), dict)
     func = UsedKeys(outer.get("function") if wrapped else value, "call's function" if wrapped else "call")
@@ -211,9 +213,7 @@ def normalize_call(value: Any, ids: CallIds, tools: list[dict] = (), notes: list
     arguments = normalize_arguments(func.first("arguments", "parameters", "args", "input"), schema, notes)
     notes += [*(outer.left() if wrapped else ()), *func.left()]
     return {
-        "id": ids.for_call(was),
-        "was": None if was is None else str(was),
-        "type": "function",
+        "id": ids.for_call(was), "was": None if was is None else str(was), "type": "function",
         "function": {"name": name, "arguments": arguments},
     }
 

@@ -37,8 +37,14 @@ KIND_STYLES = {
     "prompt": "background-color:rgba(128,128,128,.13);opacity:.75",
     "padding": "opacity:.6",
 }
-KIND_ANSI = {"trained": "\x1b[1;4;34m", "stop": "\x1b[1;4;33m", "control": "\x1b[33m", "unused": "\x1b[31m", "prompt": "\x1b[2m", "padding": "\x1b[2;9m"}
-KIND_LABELS = {"trained": "trained", "stop": "trained control token", "control": "control token", "unused": "answer not trained", "prompt": "prompt", "padding": "padding"}
+KIND_ANSI = {
+    "trained": "\x1b[1;4;34m", "stop": "\x1b[1;4;33m", "control": "\x1b[33m", "unused": "\x1b[31m",
+    "prompt": "\x1b[2m", "padding": "\x1b[2;9m",
+}
+KIND_LABELS = {
+    "trained": "trained", "stop": "trained control token", "control": "control token",
+    "unused": "answer not trained", "prompt": "prompt", "padding": "padding",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +73,10 @@ class TokenView:
         "A phrase for the first token of each block, if there are several"
         ends = np.cumsum(self.blocks).tolist()
         if len(ends) < 2: return {}
-        return {e - n: f"block {k} of {len(ends)}, tokens {e - n}–{e - 1}" for k, (n, e) in enumerate(zip(self.blocks, ends), 1)}
+        return {
+            e - n: f"block {k} of {len(ends)}, tokens {e - n}–{e - 1}"
+            for k, (n, e) in enumerate(zip(self.blocks, ends), 1)
+        }
 
     def legend(self) -> list[str]:
         "One phrase for each kind, with its share"
@@ -82,7 +91,8 @@ class TokenView:
 # %% ../../nbs/data/29_view.ipynb #pieces
 def token_bytes(tokenizer: Tokenizer, id: int) -> bytes:
     "The bytes of text that a token stands for."
-    if isinstance(tokenizer.base, Tekkenizer): return tokenizer.base.id_to_byte_piece(id, SpecialTokenPolicy.KEEP)
+    if isinstance(tokenizer.base, Tekkenizer):
+        return tokenizer.base.id_to_byte_piece(id, SpecialTokenPolicy.KEEP)
     piece = tokenizer.piece(id)
     if tokenizer.base._model.is_byte(id): return bytes([int(piece[3:-1], 16)])
     return piece.replace("▁", " ").encode()
@@ -107,12 +117,20 @@ def token_kind(why: int, special: bool) -> str:
     return "trained" if why == TRAINED else "unused" if why in (ZERO, EARLIER) else "prompt"
 
 
-def make_view(ids: np.ndarray, why: np.ndarray, blocks: list[int], padded: set[int], tokenizer: Tokenizer, limit: int = 4000) -> TokenView:
+def make_view(
+    ids: np.ndarray, why: np.ndarray, blocks: list[int], padded: set[int], tokenizer: Tokenizer,
+    limit: int = 4000,
+) -> TokenView:
     "Tokens with their reasons, in `blocks`, of which those in `padded` are padding."
     block = np.repeat(np.arange(len(blocks)), blocks).tolist()
-    kinds = ["padding" if b in padded else token_kind(w, tokenizer.is_special(t)) for t, w, b in zip(ids.tolist(), why.tolist(), block)]
+    kinds = [
+        "padding" if b in padded else token_kind(w, tokenizer.is_special(t))
+        for t, w, b in zip(ids.tolist(), why.tolist(), block)
+    ]
     reasons = ["padding" if k == "padding" else WHY[w] for k, w in zip(kinds, why.tolist())]
-    return TokenView(token_texts(tokenizer, ids[:limit].tolist()), ids.tolist(), kinds, list(blocks), reasons, limit)
+    return TokenView(
+        token_texts(tokenizer, ids[:limit].tolist()), ids.tolist(), kinds, list(blocks), reasons, limit
+    )
 
 # %% ../../nbs/data/29_view.ipynb #text
 def tokens_as_text(shown: TokenView, color: bool) -> str:
@@ -125,17 +143,35 @@ def tokens_as_text(shown: TokenView, color: bool) -> str:
         elif kind == "padding": out.append(f"… {len(at)} padding")
         else: out.append(f"⟦{text}⟧" if kind in ("trained", "stop") else text)
     more = len(shown.ids) - shown.limit
-    return "".join(out).replace("⟧⟦", "") + (f"\n… {more:,} more tokens" if more > 0 else "") + "\n" + ", ".join(shown.legend())
+    return (
+        "".join(out).replace("⟧⟦", "")
+        + (f"\n… {more:,} more tokens" if more > 0 else "")
+        + "\n"
+        + ", ".join(shown.legend())
+    )
 
 # %% ../../nbs/data/29_view.ipynb #tokens-as-html
 def tokens_as_html(shown: TokenView) -> str:
     "For a notebook, trusted or not: inline styles only, everything from the data escaped."
     parts, borders = [], shown.borders()
     for kind, at in shown.runs():
-        if at[0] in borders: parts.append(f'<div style="border-top:1px dashed rgba(128,128,128,.6);font-size:80%;opacity:.7">{escape(borders[at[0]])}</div>')
-        tokens = "".join(f'<span title="{shown.ids[i]} · {escape(shown.reasons[i])} · token {i}">{escape(shown.pieces[i]) or "∅"}</span>' for i in at) if kind != "padding" else f"{len(at)} × padding"
+        if at[0] in borders:
+            parts.append(
+                f'<div style="border-top:1px dashed rgba(128,128,128,.6);font-size:80%;opacity:.7">{escape(borders[at[0]])}</div>'
+            )
+        tokens = (
+            "".join(
+                f'<span title="{shown.ids[i]} · {escape(shown.reasons[i])} · token {i}">{escape(shown.pieces[i]) or "∅"}</span>'
+                for i in at
+            )
+            if kind != "padding"
+            else f"{len(at)} × padding"
+        )
         parts.append(f'<span style="{KIND_STYLES[kind]}">{tokens}</span>')
-    key = " ".join(f'<span style="{KIND_STYLES[k]};padding:0 4px">{escape(t)}</span>' for k, t in zip(shown.counts(), shown.legend()))
+    key = " ".join(
+        f'<span style="{KIND_STYLES[k]};padding:0 4px">{escape(t)}</span>'
+        for k, t in zip(shown.counts(), shown.legend())
+    )
     more = len(shown.ids) - shown.limit
     box = "white-space:pre-wrap;overflow-wrap:anywhere;overflow-y:auto;max-height:320px;font-family:monospace;line-height:1.7"
     tail = f"<i> … {more:,} more tokens</i>" if more > 0 else ""
@@ -159,7 +195,9 @@ def show(
         why[:1] = 0  # the first token is never a target
         return make_view(thing.tokens, why, [len(thing)], set(), tokenizer, limit)
     if isinstance(thing, Batch): return show_batch(thing, tokenizer, limit)
-    raise TypeError(f"cannot show a {type(thing).__name__}: give a row, a sample, a batch or the settings of a run")
+    raise TypeError(
+        f"cannot show a {type(thing).__name__}: give a row, a sample, a batch or the settings of a run"
+    )
 
 # %% ../../nbs/data/29_view.ipynb #show-batch
 def show_batch(batch: Batch, tokenizer: Tokenizer, limit: int) -> TokenView:
@@ -186,24 +224,48 @@ class TokenGallery:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        body = lambda v: tokens_as_html(v) if isinstance(v, TokenView) else f'<div style="border-left:3px solid rgba(200,60,60,.9);padding-left:8px">{escape(v)}</div>'
-        shown = "".join(f'<div style="margin-top:10px"><b>{escape(where)}</b></div>{body(v)}' for where, v in self.views)
+        body = lambda v: (
+            tokens_as_html(v)
+            if isinstance(v, TokenView)
+            else f'<div style="border-left:3px solid rgba(200,60,60,.9);padding-left:8px">{escape(v)}</div>'
+        )
+        shown = "".join(
+            f'<div style="margin-top:10px"><b>{escape(where)}</b></div>{body(v)}' for where, v in self.views
+        )
         return f'<div class="tex2jax_ignore mathjax_ignore" style="overflow-wrap:anywhere">{shown}</div>'
 
 # %% ../../nbs/data/29_view.ipynb #sample-lines
 def sample_lines(path: Path, n: int, among: int = 10_000) -> list[tuple[int, bytes]]:
     "`n` of the first `among` lines of a file, evenly spread."
     lines = list(islice(read_lines(path), among))
-    return [lines[int(i)] for i in np.unique(np.linspace(0, len(lines) - 1, n).round())] if lines and n else []
+    return (
+        [lines[int(i)] for i in np.unique(np.linspace(0, len(lines) - 1, n).round())] if lines and n else []
+    )
 
 # %% ../../nbs/data/29_view.ipynb #show-run
 def show_run(args: TrainArgs, n: int = 5, limit: int = 1000) -> TokenGallery:
     "`n` rows of a run's data, from all its sources."
     tokenizer, views = load_tokenizer(args.model_id_or_path), []
-    files = [(f, s.kind) for s in parse_run_sources(args.data.data, args.data.instruct_data) for f in jsonl_files(s.path)]
+    files = [
+        (f, s.kind)
+        for s in parse_run_sources(args.data.data, args.data.instruct_data)
+        for f in jsonl_files(s.path)
+    ]
     for k, (file, kind) in enumerate(files):
         for number, line in sample_lines(file, n // len(files) + (k < n % len(files))):
             where = Location(str(file), number)
-            try: views.append((f"{short_path(file)}, line {number}", show(encode(parse_line(line, kind, where, tokenizer.version), tokenizer, where), tokenizer, limit=limit)))
-            except SampleError as e: views.append((f"{short_path(file)}, line {number}", f"{e.problem} ({e.hint})" if e.hint else e.problem))
+            try:
+                views.append(
+                    (
+                        f"{short_path(file)}, line {number}",
+                        show(
+                            encode(parse_line(line, kind, where, tokenizer.version), tokenizer, where),
+                            tokenizer, limit=limit,
+                        ),
+                    )
+                )
+            except SampleError as e:
+                views.append(
+                    (f"{short_path(file)}, line {number}", f"{e.problem} ({e.hint})" if e.hint else e.problem)
+                )
     return TokenGallery(views)

@@ -57,10 +57,24 @@ def parse_reply(ids: list[int], tokenizer: Tokenizer, ended: bool = True) -> Rep
     if marker is None: return Reply(tokenizer.decode(ids), (), len(ids), ended)
     at = ids.index(marker)
     try:
-        if tokenizer.number < 11: found = [(c["name"], c["arguments"]) for c in json.loads(tokenizer.decode(ids[at + 1 :]))]
-        else: found = [_split_call(part, names["[ARGS]"], names.get("[CALL_ID]"), tokenizer) for part in _split(ids[at + 1 :], marker)]
-        calls = tuple(ToolCall(id=call_id(rng), function=FunctionCall(name=n, arguments=a if isinstance(a, str) else json.dumps(a, ensure_ascii=False))) for n, a in found)
-    except (ValueError, KeyError, TypeError): return Reply(tokenizer.decode(ids, special=True), (), len(ids), ended)
+        if tokenizer.number < 11:
+            found = [(c["name"], c["arguments"]) for c in json.loads(tokenizer.decode(ids[at + 1 :]))]
+        else:
+            found = [
+                _split_call(part, names["[ARGS]"], names.get("[CALL_ID]"), tokenizer)
+                for part in _split(ids[at + 1 :], marker)
+            ]
+        calls = tuple(
+            ToolCall(
+                id=call_id(rng),
+                function=FunctionCall(
+                    name=n, arguments=a if isinstance(a, str) else json.dumps(a, ensure_ascii=False)
+                ),
+            )
+            for n, a in found
+        )
+    except (ValueError, KeyError, TypeError):
+        return Reply(tokenizer.decode(ids, special=True), (), len(ids), ended)
     return Reply(tokenizer.decode(ids[:at]), calls, len(ids), ended)
 
 # %% ../../nbs/infer/47_chat.ipynb #split
@@ -72,9 +86,13 @@ def _split(ids: list[int], at: int) -> list[list[int]]:
     return out
 
 
-def _split_call(part: list[int], args_id: int, call_id_id: int | None, tokenizer: Tokenizer) -> tuple[str, str]:
+def _split_call(
+    part: list[int], args_id: int, call_id_id: int | None, tokenizer: Tokenizer
+) -> tuple[str, str]:
     name, args = _split(part, args_id)
-    return tokenizer.decode(_split(name, call_id_id)[0] if call_id_id is not None else name), tokenizer.decode(args)
+    return tokenizer.decode(
+        _split(name, call_id_id)[0] if call_id_id is not None else name
+    ), tokenizer.decode(args)
 
 # %% ../../nbs/infer/47_chat.ipynb #chat
 @dataclass
@@ -94,19 +112,31 @@ class Chat:
         "Ids of a history, as mistral-common writes it when serving"
         system = [SystemMessage(content=self.system_prompt)] if self.system_prompt else []
         tools = list(parse_tools(self.tools, Location(field="tools"))) if self.tools else None
-        return self.tokenizer.mistral.encode_chat_completion(ChatCompletionRequest(messages=[*system, *messages], tools=tools)).tokens
+        return self.tokenizer.mistral.encode_chat_completion(
+            ChatCompletionRequest(messages=[*system, *messages], tools=tools)
+        ).tokens
 
     def _decode(self, messages: list, tuned: bool) -> Iterator[int]:
-        for (t,) in stream_tokens(self.model, [self.prompt(messages)], stop=self.tokenizer.base.eos_id, tuned=tuned, **self._options()): yield t
+        for (t,) in stream_tokens(
+            self.model, [self.prompt(messages)], stop=self.tokenizer.base.eos_id, tuned=tuned,
+            **self._options(),
+        ):
+            yield t
 
-    def _options(self) -> dict[str, Any]: return dict(max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed)
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
 
     def _finish(self, ids: list[int]) -> Reply:
         "Put an answer into the history"
         ended = bool(ids) and ids[-1] == self.tokenizer.base.eos_id
         reply = parse_reply(ids[:-1] if ended else ids, self.tokenizer, ended)
         content = reply.text if not reply.tool_calls or self.tokenizer.number >= 7 else ""
-        self.messages.append(AssistantMessage(content=content or (None if reply.tool_calls else " "), tool_calls=list(reply.tool_calls) or None))
+        self.messages.append(
+            AssistantMessage(
+                content=content or (None if reply.tool_calls else " "),
+                tool_calls=list(reply.tool_calls) or None,
+            )
+        )
         return reply
 
     def answer(self, tuned: bool = True) -> Reply:
@@ -142,13 +172,18 @@ class Chat:
 
     def compare(self, questions: Sequence[str]) -> Table:
         "Single questions, answered by the base model and by the tuned one"
-        return Table(["question", "base", "tuned"], list(zip(questions, self.answers(questions, tuned=False), self.answers(questions))))
+        return Table(
+            ["question", "base", "tuned"],
+            list(zip(questions, self.answers(questions, tuned=False), self.answers(questions))),
+        )
 
     def answers(self, questions: Sequence[str], tuned: bool = True) -> list[str]:
         "Answers to single questions, in one batch, outside of the history"
         prompts = [self.prompt([UserMessage(content=q)]) for q in questions]
         found = generate(self.model, prompts, stop=self.tokenizer.base.eos_id, tuned=tuned, **self._options())
-        return [str(parse_reply(ids, self.tokenizer, ended=len(ids) < self.max_tokens)).strip() for ids in found]
+        return [
+            str(parse_reply(ids, self.tokenizer, ended=len(ids) < self.max_tokens)).strip() for ids in found
+        ]
 
 # %% ../../nbs/infer/47_chat.ipynb #load
 def adapter_file(path: str | Path) -> Path:
@@ -156,7 +191,9 @@ def adapter_file(path: str | Path) -> Path:
     path = Path(path)
     for file in (path, path / "lora.safetensors", path / "consolidated/lora.safetensors"):
         if file.is_file() and file.suffix == ".safetensors": return file
-    raise ModelError(f"there is no adapter at {path}: give a lora.safetensors, or a folder or checkpoint with one")
+    raise ModelError(
+        f"there is no adapter at {path}: give a lora.safetensors, or a folder or checkpoint with one"
+    )
 
 # %% ../../nbs/infer/47_chat.ipynb #load-tuned
 def load_tuned(
@@ -179,4 +216,5 @@ def load_tuned(
 def load_tensors(file: Path) -> dict[str, Tensor]:
     "The tensors of a safetensors file; `ModelError` if it is not whole."
     try: return load_file(file)
-    except (SafetensorError, OSError) as e: raise ModelError(f"{file} cannot be read ({e}): is it complete?") from None
+    except (SafetensorError, OSError) as e:
+        raise ModelError(f"{file} cannot be read ({e}): is it complete?") from None

@@ -21,11 +21,15 @@ from ..model.quant import is_sharded
 from ..model.transformer import Transformer
 
 # %% ../../nbs/infer/46_generate.ipynb #sample
-def sample_token(logits: Tensor, temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+def sample_token(
+    logits: Tensor, temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None
+) -> Tensor:
     "One token for each row of logits (batch, vocab_size): (batch,)."
     if temperature <= 0: return logits.argmax(-1)
     probs, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
-    probs = probs.masked_fill(probs.cumsum(-1) - probs >= max(top_p, 1e-9), 0.0)  # mass before a token; the first stays
+    probs = probs.masked_fill(
+        probs.cumsum(-1) - probs >= max(top_p, 1e-9), 0.0
+    )  # mass before a token; the first stays
     picked = torch.multinomial(probs.cpu(), 1, generator=generator).to(order.device)
     return order.gather(-1, picked).squeeze(-1)
 
@@ -53,7 +57,10 @@ def stream_tokens(
     "The next token of each sequence, None once it has ended; the stop token itself is yielded."
     if not prompts or not all(prompts): raise ValueError("a prompt without any token has no continuation")
     if max_tokens < 0: raise ValueError(f"max_tokens is {max_tokens}: give 0 or more")
-    if any(map(is_sharded, model.parameters())): raise ModelError("a model that is divided among processes cannot answer: load the checkpoint with load_tuned")
+    if any(map(is_sharded, model.parameters())):
+        raise ModelError(
+            "a model that is divided among processes cannot answer: load the checkpoint with load_tuned"
+        )
     device = model.norm.weight.device
     generator = torch.Generator().manual_seed(seed) if seed is not None else None
     cache = KVCache(model.args, len(prompts), max(map(len, prompts)) + max_tokens, model.dtype, device)
@@ -61,13 +68,17 @@ def stream_tokens(
     for _ in range(max_tokens):
         with eval_mode(model, tuned):
             h = cache.prefill(model, list(prompts)) if ids is None else cache.step(model, ids)
-            ids = sample_token(F.linear(h, model.output.weight.to(h.dtype)).float(), temperature, top_p, generator)
+            ids = sample_token(
+                F.linear(h, model.output.weight.to(h.dtype)).float(), temperature, top_p, generator
+            )
         yield [t if a else None for t, a in zip(ids.tolist(), alive)]
         alive = [a and t != stop for a, t in zip(alive, ids.tolist())]
         if not any(alive): return
 
 # %% ../../nbs/infer/46_generate.ipynb #generate
-def generate(model: Transformer, prompts: Sequence[list[int]], stop: int | None = None, **options: Any) -> list[list[int]]:
+def generate(
+    model: Transformer, prompts: Sequence[list[int]], stop: int | None = None, **options: Any
+) -> list[list[int]]:
     "The whole continuation of each prompt, without the stop token; options as for `stream_tokens`."
     out: list[list[int]] = [[] for _ in prompts]
     for tokens in stream_tokens(model, prompts, stop=stop, **options):

@@ -19,7 +19,9 @@ from ..model.transformer import Transformer
 class KVCache:
     "Keys and values (layers, batch, slots, kv_heads, head_dim) of `batch` sequences."
 
-    def __init__(self, args: ModelArgs, batch: int, length: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
+    def __init__(
+        self, args: ModelArgs, batch: int, length: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ):
         self.window = args.sliding_window
         self.slots = min(length, self.window) if self.window else length
         shape = (args.n_layers, batch, self.slots, args.n_kv_heads, args.head_dim)
@@ -46,12 +48,19 @@ class KVCache:
         "Read one more token of each sequence, ids (batch,); returns hidden states (batch, dim)"
         row, slot = torch.arange(len(ids), device=ids.device), self.lengths % self.slots
         used = min(self.slots, int(self.lengths.max()) + 1)
-        filled = torch.arange(used, device=ids.device)[None] <= self.lengths[:, None]  # (batch, used); all once a window is full
+        filled = (
+            torch.arange(used, device=ids.device)[None] <= self.lengths[:, None]
+        )  # (batch, used); all once a window is full
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.k[layer, row, slot], self.v[layer, row, slot] = k, v
-            keys, values = (c[layer, :, :used].transpose(1, 2) for c in (self.k, self.v))  # (batch, kv_heads, used, head_dim)
-            out = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=filled[:, None, None], enable_gqa=q.shape[1] != k.shape[1])
+            keys, values = (
+                c[layer, :, :used].transpose(1, 2) for c in (self.k, self.v)
+            )  # (batch, kv_heads, used, head_dim)
+            out = F.scaled_dot_product_attention(
+                q[:, :, None], keys, values, attn_mask=filled[:, None, None],
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
             return out[:, :, 0]
 
         h = model.hidden(ids, self.lengths, attend)

@@ -31,16 +31,22 @@ class compile_on_gpu:
 
     def __call__(self, *args: Any) -> Any:
         if not (self.usable and args[0].is_cuda): return self.plain(*args)
-        try: return self.run_fast(*args)
-        except (torch._dynamo.exc.BackendCompilerFailed, torch._dynamo.exc.TorchRuntimeError, ImportError) as e:  # no compiler on this machine
+        try:
+            return self.run_fast(*args)
+        except (
+            torch._dynamo.exc.BackendCompilerFailed, torch._dynamo.exc.TorchRuntimeError, ImportError,
+        ) as e:  # no compiler on this machine
             self.usable = False
-            warnings.warn(f"{self.__name__} cannot be compiled and runs slower: {str(e).splitlines()[0]}", stacklevel=2)
+            warnings.warn(
+                f"{self.__name__} cannot be compiled and runs slower: {str(e).splitlines()[0]}", stacklevel=2
+            )
             return self.plain(*args)
 
     def run_fast(self, *args: Any) -> Any:
         "Compiled for any number of rows"
         for t in args:
-            if isinstance(t, Tensor) and t.dim() > 1 and t.shape[0] > 1: torch._dynamo.maybe_mark_dynamic(t, 0)
+            if isinstance(t, Tensor) and t.dim() > 1 and t.shape[0] > 1:
+                torch._dynamo.maybe_mark_dynamic(t, 0)
         return self.fast(*args)
 
 # %% ../../nbs/model/37_attention.ipynb #rope
@@ -75,7 +81,9 @@ def packed_mask(seqlens: Sequence[int], window: int | None = None) -> Tensor:
     return seen & (i[:, None] - i[None] < window) if window else seen
 
 
-def reference_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int], window: int | None = None) -> Tensor:
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, seqlens: Sequence[int], window: int | None = None
+) -> Tensor:
     "Attention by its definition; q (T, heads, D), k and v (T, kv_heads, D)."
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     scores = torch.einsum("ihd,jhd->hij", q, k) * q.shape[-1] ** -0.5
@@ -100,7 +108,9 @@ class BlockIndex(NamedTuple):
 Span = tuple[slice, slice, Tensor | None]  # queries, keys, who sees whom if not all before
 
 
-def query_spans(borders: Sequence[int], window: int | None, device: torch.device, step: int = 512) -> Iterator[Span]:
+def query_spans(
+    borders: Sequence[int], window: int | None, device: torch.device, step: int = 512
+) -> Iterator[Span]:
     "Pieces of work whose outputs stand side by side: whole blocks, or parts of those longer than `window`."
     for a, b in zip(borders, borders[1:]):
         if a == b: continue  # borders may be padded with empty blocks
@@ -108,7 +118,9 @@ def query_spans(borders: Sequence[int], window: int | None, device: torch.device
         else:
             for at in range(a, b, step):
                 end, low = min(at + step, b), max(a, at - window + 1)
-                back = torch.arange(at, end, device=device)[:, None] - torch.arange(low, end, device=device)  # how far behind a key is
+                back = torch.arange(at, end, device=device)[:, None] - torch.arange(
+                    low, end, device=device
+                )  # how far behind a key is
                 yield slice(at, end), slice(low, end), (back >= 0) & (back < window)
 
 # %% ../../nbs/model/37_attention.ipynb #blocks
@@ -117,19 +129,29 @@ def heads_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1)[None]
 
 
-def block_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: "Sequence[int] | BlockIndex", window: int | None = None) -> Tensor:
+def block_attention(
+    q: Tensor, k: Tensor, v: Tensor, seqlens: "Sequence[int] | BlockIndex", window: int | None = None
+) -> Tensor:
     "Packed attention as a loop over blocks: any device and type."
-    if q.is_cuda: k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))  # grouped heads fall back to a slow kernel on old GPUs
+    if q.is_cuda:
+        k, v = (
+            t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v)
+        )  # grouped heads fall back to a slow kernel on old GPUs
     out = []
     for at, keys, mask in query_spans(BlockIndex.of(seqlens).borders.tolist(), window, q.device):
-        part = F.scaled_dot_product_attention(*(heads_first(t) for t in (q[at], k[keys], v[keys])), attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+        part = F.scaled_dot_product_attention(
+            *(heads_first(t) for t in (q[at], k[keys], v[keys])), attn_mask=mask, is_causal=mask is None,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
         out.append(part[0].transpose(0, 1))
     return torch.cat(out) if len(out) > 1 else out[0]
 
 # %% ../../nbs/model/37_attention.ipynb #op
 _CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _CPU_BACK = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-HAS_GROUPED_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)  # the first release in which this was seen to be right; in 2.7 it is not
+HAS_GROUPED_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (
+    2, 13,
+)  # the first release in which this was seen to be right; in 2.7 it is not
 
 
 def to_kernel_heads(x: Tensor, heads: int) -> Tensor:
@@ -153,29 +175,45 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, window: int)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
     for at, keys, mask in query_spans(borders.tolist(), window, q.device):
-        y, sums = _CPU(heads_first(q[at]), to_kernel_heads(k[keys], q.shape[1]), to_kernel_heads(v[keys], q.shape[1]), 0.0, mask is None, attn_mask=mask_to_bias(mask, q), scale=q.shape[-1] ** -0.5)
+        y, sums = _CPU(
+            heads_first(q[at]), to_kernel_heads(k[keys], q.shape[1]),
+            to_kernel_heads(v[keys], q.shape[1]), 0.0, mask is None, attn_mask=mask_to_bias(mask, q),
+            scale=q.shape[-1] ** -0.5,
+        )
         out[at], lse[:, at] = y[0].transpose(0, 1), sums[0]
     return out, lse
 
 # %% ../../nbs/model/37_attention.ipynb #cpu-attention-backward
 @torch.library.custom_op("mistral_nb::packed_attention_backward", mutates_args=())
-def cpu_attention_backward(up: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
+def cpu_attention_backward(
+    up: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
     "Gradients of queries, keys and values."
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for at, keys, mask in query_spans(borders.tolist(), window, q.device):
-        ins = heads_first(up[at]), heads_first(q[at]), to_kernel_heads(k[keys], q.shape[1]), to_kernel_heads(v[keys], q.shape[1]), heads_first(out[at])
-        parts = _CPU_BACK(*ins, lse[None, :, at].contiguous(), 0.0, mask is None, attn_mask=mask_to_bias(mask, q), scale=q.shape[-1] ** -0.5)
+        ins = (
+            heads_first(up[at]), heads_first(q[at]), to_kernel_heads(k[keys], q.shape[1]),
+            to_kernel_heads(v[keys], q.shape[1]), heads_first(out[at]),
+        )
+        parts = _CPU_BACK(
+            *ins, lse[None, :, at].contiguous(), 0.0, mask is None, attn_mask=mask_to_bias(mask, q),
+            scale=q.shape[-1] ** -0.5,
+        )
         dq[at] = parts[0][0].transpose(0, 1)
-        for whole, part in ((dk, parts[1]), (dv, parts[2])): whole[keys] += sum_kernel_heads(part, k.shape[1])  # spans of a long block share keys
+        for whole, part in ((dk, parts[1]), (dv, parts[2])):
+            whole[keys] += sum_kernel_heads(part, k.shape[1])  # spans of a long block share keys
     return dq, dk, dv
 
 # %% ../../nbs/model/37_attention.ipynb #keep
 @cpu_attention.register_fake
-def _(q, k, v, borders, window): return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
+def _(q, k, v, borders, window):
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=lse_dtype)
 
 
 @cpu_attention_backward.register_fake
-def _(up, q, k, v, out, lse, borders, window): return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+def _(up, q, k, v, out, lse, borders, window):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _keep(ctx, inputs, output):
@@ -183,16 +221,23 @@ def _keep(ctx, inputs, output):
     ctx.save_for_backward(*qkv, *output, borders)
     ctx.mark_non_differentiable(output[1])
 
-cpu_attention.register_autograd(lambda ctx, up, _: (*cpu_attention_backward(up.contiguous(), *ctx.saved_tensors, ctx.window), None, None), setup_context=_keep)
+cpu_attention.register_autograd(
+    lambda ctx, up, _: (*cpu_attention_backward(up.contiguous(), *ctx.saved_tensors, ctx.window), None, None),
+    setup_context=_keep,
+)
 
 # %% ../../nbs/model/37_attention.ipynb #varlen
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: "Sequence[int] | BlockIndex", window: int | None = None) -> Tensor:
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, seqlens: "Sequence[int] | BlockIndex", window: int | None = None
+) -> Tensor:
     "Packed attention by PyTorch's kernel for variable lengths; CUDA, bf16 or fp16."
     from torch.nn.attention.varlen import varlen_attn
     blocks = BlockIndex.of(seqlens, q.device)
     grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     left, longest = window - 1 if window else -1, max(blocks.seqlens)
-    return varlen_attn(q, k, v, blocks.on_device, blocks.on_device, longest, longest, window_size=(left, 0), **grouped)
+    return varlen_attn(
+        q, k, v, blocks.on_device, blocks.on_device, longest, longest, window_size=(left, 0), **grouped
+    )
 
 
 @lru_cache
@@ -200,13 +245,20 @@ def has_varlen(device: torch.device) -> bool:
     "Whether `varlen_attention` runs on a device, for 16-bit types."
     try: from torch.nn.attention.varlen import varlen_attn
     except ImportError: return False
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and "window_size" in inspect.signature(varlen_attn).parameters
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and "window_size" in inspect.signature(varlen_attn).parameters
+    )
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, seqlens: "Sequence[int] | BlockIndex", window: int | None = None) -> Tensor:
-    "Block-diagonal causal attention, q (T, heads, D), k and v (T, kv_heads, D), with the fastest exact backend."
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, seqlens: "Sequence[int] | BlockIndex", window: int | None = None
+) -> Tensor:
+    "Block-diagonal causal attention by the fastest exact backend; q (T, heads, D), k and v (T, kv_heads, D)."
     blocks = BlockIndex.of(seqlens, q.device)
     assert sum(blocks.seqlens) == q.shape[0], f"blocks of {sum(blocks.seqlens)} positions for {q.shape[0]}"
     if q.device.type == "cpu": return cpu_attention(q, k, v, blocks.borders, window or 0)[0]
-    if q.dtype in (torch.bfloat16, torch.float16) and has_varlen(q.device): return varlen_attention(q, k, v, blocks, window)
+    if q.dtype in (torch.bfloat16, torch.float16) and has_varlen(q.device):
+        return varlen_attention(q, k, v, blocks, window)
     return block_attention(q, k, v, blocks, window)

@@ -90,7 +90,9 @@ def apply_dropout(x: Tensor, part: LoraSpec) -> Tensor:
     return x * torch.empty_like(x).bernoulli_(1 - part.dropout, generator=g).div_(1 - part.dropout)
 
 # %% ../../nbs/model/40_fused.ipynb #apply-split
-def apply_split(part: LoraSpec, h: Tensor, a: Tensor | None, b: Tensor | None, prepared: Any = None) -> tuple[Tensor, Tensor | None]:
+def apply_split(
+    part: LoraSpec, h: Tensor, a: Tensor | None, b: Tensor | None, prepared: Any = None
+) -> tuple[Tensor, Tensor | None]:
     "`(y, low)` where low (T, rank) is what the backward pass wants of the adapter."
     y = part.base.matmul(h, prepared)
     if a is None: return y, None
@@ -98,7 +100,9 @@ def apply_split(part: LoraSpec, h: Tensor, a: Tensor | None, b: Tensor | None, p
     return y.addmm_(low, b.to(h.dtype).t(), alpha=part.scaling), low
 
 
-def input_grad(part: LoraSpec, dy: Tensor, up: Tensor | None, a: Tensor | None, into: Tensor | None = None) -> Tensor:
+def input_grad(
+    part: LoraSpec, dy: Tensor, up: Tensor | None, a: Tensor | None, into: Tensor | None = None
+) -> Tensor:
     "Gradient of the input (T, in), added to `into` where that is given; `up` (T, rank) is dy B."
     dh = part.base.matmul_transposed(dy, into)
     if a is None: return dh
@@ -106,10 +110,15 @@ def input_grad(part: LoraSpec, dy: Tensor, up: Tensor | None, a: Tensor | None, 
     return dh.addmm_(up, a.to(dy.dtype), alpha=part.scaling)
 
 
-def adapter_grads(part: LoraSpec, dy: Tensor, up: Tensor | None, h: Tensor, low: Tensor | None, a: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def adapter_grads(
+    part: LoraSpec, dy: Tensor, up: Tensor | None, h: Tensor, low: Tensor | None, a: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     "Gradients of A and B."
     if a is None: return None, None
-    return ((up.t() @ apply_dropout(h, part)).to(a.dtype) * part.scaling, (dy.t() @ low).to(a.dtype) * part.scaling)
+    return (
+        (up.t() @ apply_dropout(h, part)).to(a.dtype) * part.scaling,
+        (dy.t() @ low).to(a.dtype) * part.scaling,
+    )
 
 
 def low_rank_grad(dy: Tensor, b: Tensor | None) -> Tensor | None:
@@ -129,7 +138,10 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, w, r = ctx.saved_tensors
-        return rms_norm_backward(dy, x, w, r), rms_norm_weight_grad(dy, x, w, r) if ctx.needs_input_grad[1] else None, None
+        return (
+            rms_norm_backward(dy, x, w, r),
+            rms_norm_weight_grad(dy, x, w, r) if ctx.needs_input_grad[1] else None, None,
+        )
 
 # %% ../../nbs/model/40_fused.ipynb #rms-norm-weight-grad
 def rms_norm_weight_grad(dy: Tensor, x: Tensor, w: Tensor, r: Tensor) -> Tensor:
@@ -141,10 +153,14 @@ class NormProjections(torch.autograd.Function):
     "RMSNorm, then several matrices of its output: (T, dim) -> (T, out) each."
 
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, eps: float, parts: list[LoraSpec], *pairs: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx, x: Tensor, w: Tensor, eps: float, parts: list[LoraSpec], *pairs: Tensor | None
+    ) -> tuple[Tensor, ...]:
         h, r = rms_norm(x, w, eps)
         prepared = parts[0].base.quantize_input(h)
-        ys, lows = zip(*(apply_split(p, h, a, b, prepared) for p, a, b in zip(parts, pairs[::2], pairs[1::2])))
+        ys, lows = zip(
+            *(apply_split(p, h, a, b, prepared) for p, a, b in zip(parts, pairs[::2], pairs[1::2]))
+        )
         ctx.save_for_backward(x, w, r, *pairs, *lows)
         ctx.parts = parts
         return ys
@@ -165,7 +181,9 @@ class AddProjection(torch.autograd.Function):
     "`residual` plus a matrix of `x`."
 
     @staticmethod
-    def forward(ctx, x: Tensor, residual: Tensor, part: LoraSpec, a: Tensor | None, b: Tensor | None) -> Tensor:
+    def forward(
+        ctx, x: Tensor, residual: Tensor, part: LoraSpec, a: Tensor | None, b: Tensor | None
+    ) -> Tensor:
         y, low = apply_split(part, x, a, b)
         ctx.save_for_backward(x, a, b, low)
         ctx.part = part
@@ -182,7 +200,9 @@ class SwiGLUResidual(torch.autograd.Function):
     "`residual` plus a matrix of silu(g) * u."
 
     @staticmethod
-    def forward(ctx, g: Tensor, u: Tensor, residual: Tensor, part: LoraSpec, a: Tensor | None, b: Tensor | None) -> Tensor:
+    def forward(
+        ctx, g: Tensor, u: Tensor, residual: Tensor, part: LoraSpec, a: Tensor | None, b: Tensor | None
+    ) -> Tensor:
         y, low = apply_split(part, swiglu(g, u), a, b)
         ctx.save_for_backward(g, u, a, b, low)
         ctx.part = part
@@ -212,7 +232,10 @@ class RopeFunction(torch.autograd.Function):
 # %% ../../nbs/model/40_fused.ipynb #use
 def is_fusible(layers: Sequence[nn.Module]) -> bool:
     "Whether every layer is a frozen matrix, with an adapter that only adds, or none."
-    plain = [m.base if isinstance(m, LoRALinear) and (m.lora_magnitude is None or not m.enabled) else m for m in layers]
+    plain = [
+        m.base if isinstance(m, LoRALinear) and (m.lora_magnitude is None or not m.enabled) else m
+        for m in layers
+    ]
     return all(isinstance(m, Linear) and m.frozen for m in plain)
 
 

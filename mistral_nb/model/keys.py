@@ -33,14 +33,11 @@ class Key:
 
 # %% ../../nbs/model/35_keys.ipynb #shape-keys
 SHAPE_KEYS = (
-    Key("dim", "hidden_size"),
-    Key("n_layers", "num_hidden_layers", high=1000),
+    Key("dim", "hidden_size"), Key("n_layers", "num_hidden_layers", high=1000),
     Key("head_dim", "head_dim", low=2, high=2**14, needed=False),
-    Key("hidden_dim", "intermediate_size", high=2**22),
-    Key("n_heads", "num_attention_heads", high=2**14),
+    Key("hidden_dim", "intermediate_size", high=2**22), Key("n_heads", "num_attention_heads", high=2**14),
     Key("n_kv_heads", "num_key_value_heads", high=2**14),
-    Key("norm_eps", "rms_norm_eps", float, 1e-12, 0.1),
-    Key("vocab_size", "vocab_size", high=2**24),
+    Key("norm_eps", "rms_norm_eps", float, 1e-12, 0.1), Key("vocab_size", "vocab_size", high=2**24),
     Key("rope_theta", "rope_theta", float, 1, 1e15, needed=False),
     Key("sliding_window", "sliding_window", high=2**40, needed=False),
     Key("tied_embeddings", "tie_word_embeddings", bool, needed=False),
@@ -86,7 +83,10 @@ def read_keys(
     absent = [there for name, there in names.items() if name in needed and there not in block]
     if absent: raise ModelError(f"{file} has no {', '.join(absent)}: is it {config_kind(file)}?")
     given = {name: there for name, there in names.items() if name in needed or block.get(there) is not None}
-    return {name: check_value(block[there], KEYS_BY_NAME[name], f"{file}: {there}") for name, there in given.items()}
+    return {
+        name: check_value(block[there], KEYS_BY_NAME[name], f"{file}: {there}")
+        for name, there in given.items()
+    }
 
 # %% ../../nbs/model/35_keys.ipynb #config-kind
 def config_kind(file: str) -> str:

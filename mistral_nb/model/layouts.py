@@ -87,13 +87,17 @@ SCALE_TENSORS = re.compile(
     r"\.(qscale_weight|qscale_act|weight_scale|weight_scale_inv|activation_scale|input_scale"
     r"|weight_packed|weight_shape|qweight|qzeros|scales|g_idx|SCB)$"
 )
-UNPACKED_HINT = "use the model as it was before, in bfloat16; quantize: fp8, int8 or nf4 packs it while it is read"
+UNPACKED_HINT = (
+    "use the model as it was before, in bfloat16; quantize: fp8, int8 or nf4 packs it while it is read"
+)
 
 
 def is_table(name: str, at: str = "") -> bool:
     "Whether a tensor only repeats what follows from the shape; `ModelError` if it belongs to packed weights."
     if not SCALE_TENSORS.search(name): return bool(ROTATION_TABLES.search(name))
-    raise ModelError(f"{at}{name} belongs to weights packed in 8 or 4 bits, which cannot be read: {UNPACKED_HINT}")
+    raise ModelError(
+        f"{at}{name} belongs to weights packed in 8 or 4 bits, which cannot be read: {UNPACKED_HINT}"
+    )
 
 # %% ../../nbs/model/43_layouts.ipynb #stored
 STORED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -135,16 +139,16 @@ def from_bitsandbytes(name: str, tensor: Callable[[str], Tensor], parts: set[str
         scale = table[scale.int()] * outer + state["nested_offset"]
     rows, columns = state["shape"]
     if columns % NF4_BLOCK:
-        raise ModelError(f"{name} has rows of {columns} weights that blocks cross: {NF4_BLOCK} must divide them")
+        raise ModelError(
+            f"{name} has rows of {columns} weights that blocks cross: {NF4_BLOCK} must divide them"
+        )
     codes = tensor(name).view(torch.uint8).view(rows, columns // 2)
     scales = scale.float().view(rows, columns // NF4_BLOCK)
     return NF4Linear(codes, scales, (rows, columns), getattr(torch, state["dtype"]))
 
 # %% ../../nbs/model/43_layouts.ipynb #hf
 HF_KEYS = [
-    (r"model\.embed_tokens\.", "tok_embeddings."),
-    (r"model\.norm\.", "norm."),
-    (r"lm_head\.", "output."),
+    (r"model\.embed_tokens\.", "tok_embeddings."), (r"model\.norm\.", "norm."), (r"lm_head\.", "output."),
     (r"model\.layers\.(\d+)\.self_attn\.([qkvo])_proj\.", r"layers.\1.attention.w\2."),
     (r"model\.layers\.(\d+)\.mlp\.gate_proj\.", r"layers.\1.feed_forward.w1."),
     (r"model\.layers\.(\d+)\.mlp\.down_proj\.", r"layers.\1.feed_forward.w2."),
@@ -172,7 +176,9 @@ def unpermute_any(w: FileTensor, head_dim: int) -> FileTensor:
     return NF4Linear(*(unpermute(t.detach(), head_dim) for t in (w.codes, w.scale)), w.shape, w.dtype)
 
 # %% ../../nbs/model/43_layouts.ipynb #from-hf
-def from_hf_names(tensors: Iterator[tuple[str, FileTensor]], args: ModelArgs) -> Iterator[tuple[str, FileTensor]]:
+def from_hf_names(
+    tensors: Iterator[tuple[str, FileTensor]], args: ModelArgs
+) -> Iterator[tuple[str, FileTensor]]:
     "Tensors of a Hugging Face file under Mistral's names and in Mistral's order."
     for name, t in tensors:
         if m := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)", name):
@@ -181,5 +187,6 @@ def from_hf_names(tensors: Iterator[tuple[str, FileTensor]], args: ModelArgs) ->
                 if m[2] == "down_proj": yield f"{at}.w2.weight", w
                 else: yield from zip((f"{at}.w1.weight", f"{at}.w3.weight"), w.chunk(2))
             continue
-        if (mine := mistral_name(name)) == name: raise ModelError(f"unknown tensor {name} in a Hugging Face file")
+        if (mine := mistral_name(name)) == name:
+            raise ModelError(f"unknown tensor {name} in a Hugging Face file")
         yield mine, unpermute_any(t, args.head_dim) if re.search(r"attention\.w[qk]\.", mine) else t

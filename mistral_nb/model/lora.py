@@ -31,13 +31,17 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: Linear, rank: int, scaling: float, dropout: float = 0.0, dora: bool = False):
         super().__init__()
-        self.base, self.scaling, self.dropout, self.enabled = base.requires_grad_(False), scaling, dropout, True
+        self.base, self.scaling, self.dropout, self.enabled = (
+            base.requires_grad_(False), scaling, dropout, True,
+        )
         out_features, in_features = self.shape = base.shape
         kw = dict(bias=False, device=next(base.parameters()).device, dtype=torch.float32)
         self.lora_A = nn.Linear(in_features, rank, **kw)
         self.lora_B = nn.Linear(rank, out_features, **kw)
         self.lora_magnitude = nn.Parameter(base.dequantize(torch.float32).norm(dim=1)) if dora else None
-        self.initial_ab: tuple[Tensor, Tensor] | None = None  # the matrices that were taken out of `base`, see `init_pissa`
+        self.initial_ab: tuple[Tensor, Tensor] | None = (
+            None  # the matrices that were taken out of `base`, see `init_pissa`
+        )
 
     def active(self) -> tuple[Tensor, Tensor] | None:
         "`(A, B)` that are added to `base` now, if any"
@@ -47,7 +51,9 @@ class LoRALinear(nn.Module):
         y, added = self.base(x), self.active()
         if added is None: return y
         a, b = (t.to(x.dtype) for t in added)
-        y = y.addmm(F.linear(F.dropout(x, self.dropout, self.training and self.enabled), a), b.t(), alpha=self.scaling)
+        y = y.addmm(
+            F.linear(F.dropout(x, self.dropout, self.training and self.enabled), a), b.t(), alpha=self.scaling
+        )
         return y if self.lora_magnitude is None or not self.enabled else y * self.dora_factor().to(x.dtype)
 
     def dora_factor(self) -> Tensor:
@@ -64,18 +70,24 @@ class LoRALinear(nn.Module):
         w = self.base.dequantize(torch.float32) + self.delta()
         return w if self.lora_magnitude is None else w * self.dora_factor()[:, None]
 
-    def extra_repr(self) -> str: return f"rank={self.lora_A.out_features}, scaling={self.scaling}" + (f", dropout={self.dropout}" if self.dropout else "")
+    def extra_repr(self) -> str:
+        dropout = f", dropout={self.dropout}" if self.dropout else ""
+        return f"rank={self.lora_A.out_features}, scaling={self.scaling}{dropout}"
 
 # %% ../../nbs/model/39_lora.ipynb #attach
 TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 
-def add_adapters(model: nn.Module, rank: int, scaling: float, dropout: float = 0.0, targets: Sequence[str] = TARGETS, dora: bool = False) -> nn.Module:
-    "Freeze `model` and put an adapter on the `targets` among the matrices of its attention and feed-forward; returns it."
+def add_adapters(
+    model: nn.Module, rank: int, scaling: float, dropout: float = 0.0, targets: Sequence[str] = TARGETS,
+    dora: bool = False,
+) -> nn.Module:
+    "Freeze `model` and put an adapter on the `targets` among the matrices of its blocks; returns it."
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
-        if isinstance(module, Linear) and child in targets: setattr(model.get_submodule(parent), child, LoRALinear(module, rank, scaling, dropout, dora))
+        if isinstance(module, Linear) and child in targets:
+            setattr(model.get_submodule(parent), child, LoRALinear(module, rank, scaling, dropout, dora))
     return model
 
 
@@ -108,11 +120,20 @@ def top_directions(w: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
 # %% ../../nbs/model/39_lora.ipynb #init-pissa
 @torch.no_grad()
 def init_pissa(model: nn.Module, seed: int, agree: Callable[[Tensor], Tensor] = lambda t: t) -> None:
-    "Move the largest directions of each adapted matrix from the base into the adapter; `agree` gives all processes the values of one, since others may round otherwise."
+    "Move the largest directions of each matrix from the base into its adapter; all processes `agree` on them."
     for name, layer in sorted(lora_layers(model).items()):
-        if layer.lora_A.out_features > min(layer.shape): raise ModelError(f"lora.init: pissa needs a rank of at most {min(layer.shape)}, which is the smaller side of {name}")
-        if layer.base.kind != "none": raise ModelError(f"a base in {layer.base.kind} cannot give directions away: use it without PiSSA, or a base without quantization")
-        a, b = (agree(t / layer.scaling**0.5) for t in top_directions(layer.base.dequantize(torch.float32), layer.lora_A.out_features, seed))
+        if layer.lora_A.out_features > min(layer.shape):
+            raise ModelError(
+                f"lora.init: pissa needs a rank of at most {min(layer.shape)}, which is the smaller side of {name}"
+            )
+        if layer.base.kind != "none":
+            raise ModelError(
+                f"a base in {layer.base.kind} cannot give directions away: use it without PiSSA, or a base without quantization"
+            )
+        a, b = (
+            agree(t / layer.scaling**0.5)
+            for t in top_directions(layer.base.dequantize(torch.float32), layer.lora_A.out_features, seed)
+        )
         subtract_from_base(layer, a, b)
         layer.lora_A.weight.copy_(a)
         layer.lora_B.weight.copy_(b)
@@ -120,18 +141,23 @@ def init_pissa(model: nn.Module, seed: int, agree: Callable[[Tensor], Tensor] = 
 # %% ../../nbs/model/39_lora.ipynb #subtract-from-base
 @torch.no_grad()
 def subtract_from_base(layer: LoRALinear, a: Tensor, b: Tensor) -> None:
-    "Subtract `scaling * b a` from the base, after putting back what was taken out before; the same again changes nothing."
+    "Subtract `scaling * b a` from the base, after putting back what was taken out before."
     if layer.initial_ab and layer.initial_ab[0].equal(a) and layer.initial_ab[1].equal(b): return
-    full = layer.base.dequantize(torch.float32) + (layer.scaling * layer.initial_ab[1] @ layer.initial_ab[0] if layer.initial_ab else 0)
+    full = layer.base.dequantize(torch.float32) + (
+        layer.scaling * layer.initial_ab[1] @ layer.initial_ab[0] if layer.initial_ab else 0
+    )
     layer.initial_ab = (a.clone(), b.clone())
     rest = (full - layer.scaling * b @ a).to(layer.base.weight.dtype)
-    if is_sharded(layer.base.weight): local_rows(layer.base.weight).copy_(rest[local_slice(layer.base.weight)])
+    if is_sharded(layer.base.weight):
+        local_rows(layer.base.weight).copy_(rest[local_slice(layer.base.weight)])
     else: layer.base.weight = nn.Parameter(rest, requires_grad=False)
 
 # %% ../../nbs/model/39_lora.ipynb #also
 def also_train_kind(name: str) -> str:
     "What a parameter is called in `also_train`; empty for all others."
-    return {"tok_embeddings.weight": "embeddings", "output.weight": "output"}.get(name, "norms" if name.endswith("norm.weight") else "")
+    return {"tok_embeddings.weight": "embeddings", "output.weight": "output"}.get(
+        name, "norms" if name.endswith("norm.weight") else ""
+    )
 
 
 def resolve_tied(kinds: Sequence[str], tied: bool) -> set[str]:
@@ -142,7 +168,11 @@ def resolve_tied(kinds: Sequence[str], tied: bool) -> set[str]:
 def train_whole_weights(model: nn.Module, kinds: Sequence[str]) -> None:
     "Train the weights of some `kinds`: norms, embeddings, output."
     kinds = resolve_tied(kinds, getattr(model, "args", None) is not None and model.args.tied_embeddings)
-    set_whole(model, {n: p.detach().float() for n, p in model.named_parameters() if also_train_kind(n) in kinds}, train=True)
+    set_whole(
+        model,
+        {n: p.detach().float() for n, p in model.named_parameters() if also_train_kind(n) in kinds},
+        train=True,
+    )
 
 # %% ../../nbs/model/39_lora.ipynb #set-whole
 def set_whole(model: nn.Module, weights: Mapping[str, Tensor], train: bool = False) -> None:
@@ -150,7 +180,10 @@ def set_whole(model: nn.Module, weights: Mapping[str, Tensor], train: bool = Fal
     before = model.__dict__.setdefault("base_values", {})
     known = dict(model.named_parameters())
     for name, w in weights.items():
-        if name not in known or known[name].shape != w.shape: raise ValueError(f"whole weights do not fit the model: {name} is {tuple(w.shape)}, and {tuple(known[name].shape) if name in known else 'nothing'} there")
+        if name not in known or known[name].shape != w.shape:
+            raise ValueError(
+                f"whole weights do not fit the model: {name} is {tuple(w.shape)}, and {tuple(known[name].shape) if name in known else 'nothing'} there"
+            )
         p = known[name]
         before.setdefault(name, p.detach())
         p.data = w.clone() if w.data_ptr() == p.data_ptr() else w.to(p.device)
@@ -159,7 +192,9 @@ def set_whole(model: nn.Module, weights: Mapping[str, Tensor], train: bool = Fal
 # %% ../../nbs/model/39_lora.ipynb #whole-state
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     "The whole weights that are trained beside the adapter, on the CPU."
-    return {n: model.get_parameter(n).detach().to("cpu", copy=True) for n in getattr(model, "base_values", {})}
+    return {
+        n: model.get_parameter(n).detach().to("cpu", copy=True) for n in getattr(model, "base_values", {})
+    }
 
 # %% ../../nbs/model/39_lora.ipynb #off
 @contextmanager
@@ -177,7 +212,9 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 # %% ../../nbs/model/39_lora.ipynb #state
 FILE_SCALING = 2.0  # what loaders of lora.safetensors assume
-GUARD_TENSOR = "only_for_mistral_nb"  # a tensor of this name in an adapter file stops them; it says nothing to us
+GUARD_TENSOR = (
+    "only_for_mistral_nb"  # a tensor of this name in an adapter file stops them; it says nothing to us
+)
 
 
 def adapter_state(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -185,52 +222,84 @@ def adapter_state(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[
     out = {}
     for name, m in lora_layers(model).items():
         a, b = m.lora_A.weight.detach(), m.lora_B.weight.detach()
-        if m.initial_ab: a, b = torch.cat([a, a - m.initial_ab[0]]), torch.cat([b - m.initial_ab[1], m.initial_ab[1]], 1)  # BA - B₀A₀ without two large parts that cancel
-        out[f"{name}.lora_A.weight"], out[f"{name}.lora_B.weight"] = (t.to("cpu", dtype, copy=True).contiguous() for t in (a, b * (m.scaling / FILE_SCALING)))
-        if m.lora_magnitude is not None: out[f"{name}.lora_magnitude"] = m.lora_magnitude.detach().to("cpu", torch.float32, copy=True)
+        if m.initial_ab:
+            a, b = (
+                torch.cat([a, a - m.initial_ab[0]]), torch.cat([b - m.initial_ab[1], m.initial_ab[1]], 1),
+            )  # BA - B₀A₀ without two large parts that cancel
+        out[f"{name}.lora_A.weight"], out[f"{name}.lora_B.weight"] = (
+            t.to("cpu", dtype, copy=True).contiguous() for t in (a, b * (m.scaling / FILE_SCALING))
+        )
+        if m.lora_magnitude is not None:
+            out[f"{name}.lora_magnitude"] = m.lora_magnitude.detach().to("cpu", torch.float32, copy=True)
     return out
 
 # %% ../../nbs/model/39_lora.ipynb #load-adapter-state
 @torch.no_grad()
-def load_adapter_state(model: nn.Module, state: dict[str, Tensor], file_scaling: float = FILE_SCALING) -> None:
+def load_adapter_state(
+    model: nn.Module, state: dict[str, Tensor], file_scaling: float = FILE_SCALING
+) -> None:
     "Put the tensors of an adapter file into `model`; names and shapes must agree."
     layers = lora_layers(model)
-    wanted = {f"{n}.{p}": q for n, m in layers.items() for p, q in m.named_parameters() if p.startswith("lora_")}
-    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys() - {GUARD_TENSOR})
+    wanted = {
+        f"{n}.{p}": q for n, m in layers.items() for p, q in m.named_parameters() if p.startswith("lora_")
+    }
+    missing, unknown = (
+        sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys() - {GUARD_TENSOR}),
+    )
     if missing or unknown:
         counts = f"({len(missing)} and {len(unknown)} in all)"
-        raise ValueError(f"the adapter does not fit the model: missing {missing[:3]}, unknown {unknown[:3]} {counts}")
+        raise ValueError(
+            f"the adapter does not fit the model: missing {missing[:3]}, unknown {unknown[:3]} {counts}"
+        )
     for name, p in wanted.items():
         if p.shape != state[name].shape:
             there = f"{name} is {tuple(state[name].shape)}, not {tuple(p.shape)}"
             raise ValueError(f"the adapter does not fit the model: {there}: another rank or model")
-        scale = file_scaling / layers[name.rsplit(".", 2)[0]].scaling if name.endswith("lora_B.weight") else 1.0
+        scale = (
+            file_scaling / layers[name.rsplit(".", 2)[0]].scaling if name.endswith("lora_B.weight") else 1.0
+        )
         p.copy_(state[name].float() * scale)
 
 # %% ../../nbs/model/39_lora.ipynb #lora-rank
 def lora_rank(state: dict[str, Tensor]) -> int:
     "The rank of an adapter file."
     ranks = {t.shape[0] for n, t in state.items() if n.endswith("lora_A.weight")}
-    if len(ranks) != 1: raise ValueError(f"not an adapter of one rank: the file has {len(state)} tensors and the ranks {sorted(ranks)}")
+    if len(ranks) != 1:
+        raise ValueError(
+            f"not an adapter of one rank: the file has {len(state)} tensors and the ranks {sorted(ranks)}"
+        )
     return ranks.pop()
 
 
 def add_adapters_like(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     "Put the adapter of a file on `model`: the layers, the rank and the kind that the file has."
     names = {n.rpartition(".lora_A.weight")[0] for n in state if n.endswith("lora_A.weight")}
-    add_adapters(model, lora_rank(state), FILE_SCALING, targets={n.rpartition(".")[2] for n in names}, dora=any(n.endswith("lora_magnitude") for n in state))
+    add_adapters(
+        model, lora_rank(state), FILE_SCALING, targets={n.rpartition(".")[2] for n in names},
+        dora=any(n.endswith("lora_magnitude") for n in state),
+    )
     return model
 
 # %% ../../nbs/model/39_lora.ipynb #merge
 @torch.no_grad()
 def merged_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    "Name and weight, one after the other, of the model with the adapter added in float32, as a model without one has them; on the CPU."
+    "Name and weight of the model with its adapter added in float32, one after the other, on the CPU."
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear): found = {"weight": module.merged()}
-        elif isinstance(module, Linear): found = {} if name.endswith(".base") else {"weight": module.dequantize()}
-        else: found = {} if ".lora_" in name else {leaf: gather_rows(p.detach()) for leaf, p in module.named_parameters(recurse=False)}
+        elif isinstance(module, Linear):
+            found = {} if name.endswith(".base") else {"weight": module.dequantize()}
+        else:
+            found = (
+                {}
+                if ".lora_" in name
+                else {leaf: gather_rows(p.detach()) for leaf, p in module.named_parameters(recurse=False)}
+            )
         own = getattr(module, "base", module)
-        for leaf, t in found.items(): yield f"{name}.{leaf}", t.to("cpu", dtype or (own.dtype if isinstance(own, Linear) else t.dtype)).contiguous()
+        for leaf, t in found.items():
+            yield (
+                f"{name}.{leaf}",
+                t.to("cpu", dtype or (own.dtype if isinstance(own, Linear) else t.dtype)).contiguous(),
+            )
 
 # %% ../../nbs/model/39_lora.ipynb #merged-state
 def merged_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

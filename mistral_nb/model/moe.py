@@ -36,7 +36,9 @@ def sort_by_expert(chosen: Tensor, experts: int) -> tuple[ExpertOrder, Tensor]:
     "The route of `chosen` (T, active), and the order that sorts its entries."
     flat = chosen.flatten()
     order = flat.argsort(stable=True)
-    return ExpertOrder(order // chosen.shape[1], flat.bincount(minlength=experts).cumsum(0, dtype=torch.int32)), order
+    return ExpertOrder(
+        order // chosen.shape[1], flat.bincount(minlength=experts).cumsum(0, dtype=torch.int32)
+    ), order
 
 # %% ../../nbs/model/41_moe.ipynb #loop
 AdapterPairs = Sequence[Tensor | None]  # A and B of each expert, one after the other
@@ -53,7 +55,10 @@ class LoopedExperts:
 
     def forward(self, x: Tensor, pairs: AdapterPairs) -> tuple[Tensor, Tensor | None]:
         "`(y, low)` of sorted rows (rows, in)"
-        y, low = x.new_empty(len(x), self.parts[0].base.shape[0]), None if pairs[0] is None else x.new_empty(len(x), len(pairs[0]))
+        y, low = (
+            x.new_empty(len(x), self.parts[0].base.shape[0]),
+            None if pairs[0] is None else x.new_empty(len(x), len(pairs[0])),
+        )
         for at, part, a, b in self.each(pairs):
             y[at], some = apply_split(part, x[at], a, b)
             if low is not None: low[at] = some
@@ -61,22 +66,42 @@ class LoopedExperts:
 
     def up(self, dy: Tensor, pairs: AdapterPairs) -> Tensor | None:
         "dy B"
-        return None if pairs[0] is None else torch.cat([low_rank_grad(dy[at], b) for at, _, _, b in self.each(pairs)])
+        return (
+            None
+            if pairs[0] is None
+            else torch.cat([low_rank_grad(dy[at], b) for at, _, _, b in self.each(pairs)])
+        )
 
     def input_back(self, dy: Tensor, up: Tensor | None, pairs: AdapterPairs) -> Tensor:
         "Gradient of the rows"
-        return torch.cat([input_grad(part, dy[at], None if up is None else up[at], a) for at, part, a, _ in self.each(pairs)])
+        return torch.cat(
+            [
+                input_grad(part, dy[at], None if up is None else up[at], a)
+                for at, part, a, _ in self.each(pairs)
+            ]
+        )
 
-    def adapter_back(self, dy: Tensor, up: Tensor | None, x: Tensor, low: Tensor | None, pairs: AdapterPairs) -> list[Tensor | None]:
+    def adapter_back(
+        self, dy: Tensor, up: Tensor | None, x: Tensor, low: Tensor | None, pairs: AdapterPairs
+    ) -> list[Tensor | None]:
         "Gradients of `pairs`"
         if low is None: return [None] * len(pairs)
-        return [g for at, part, a, _ in self.each(pairs) for g in adapter_grads(part, dy[at], up[at], x[at], low[at], a)]
+        return [
+            g
+            for at, part, a, _ in self.each(pairs)
+            for g in adapter_grads(part, dy[at], up[at], x[at], low[at], a)
+        ]
 
 # %% ../../nbs/model/41_moe.ipynb #grouped
 def as_stacked(matrices: Sequence[Tensor]) -> Tensor | None:
-    "Matrices that stand behind each other in memory as one tensor (n, out, in), without a copy; None if they do not."
+    "Matrices that stand one behind the other in memory as (n, out, in), without a copy; None if they do not."
     first, size = matrices[0], matrices[0].numel()
-    one = all(m.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and m.storage_offset() == first.storage_offset() + i * size and m.is_contiguous() for i, m in enumerate(matrices))
+    one = all(
+        m.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and m.storage_offset() == first.storage_offset() + i * size
+        and m.is_contiguous()
+        for i, m in enumerate(matrices)
+    )
     return first.detach().as_strided((len(matrices), *first.shape), (size, *first.stride())) if one else None
 
 # %% ../../nbs/model/41_moe.ipynb #groupedexperts
@@ -89,7 +114,8 @@ class GroupedExperts(LoopedExperts):
 
     def mm(self, x: Tensor, w: Tensor) -> Tensor: return F.grouped_mm(x, w, offs=self.ends)
 
-    def stack(self, tensors: Sequence[Tensor], like: Tensor) -> Tensor: return torch.stack(list(tensors)).to(like.dtype)
+    def stack(self, tensors: Sequence[Tensor], like: Tensor) -> Tensor:
+        return torch.stack(list(tensors)).to(like.dtype)
 
     def forward(self, x: Tensor, pairs: AdapterPairs) -> tuple[Tensor, Tensor | None]:
         y = self.mm(x, self.weights.transpose(1, 2))
@@ -103,18 +129,38 @@ class GroupedExperts(LoopedExperts):
 
     def input_back(self, dy: Tensor, up: Tensor | None, pairs: AdapterPairs) -> Tensor:
         dx = self.mm(dy, self.weights)
-        return dx if up is None else dx.add_(apply_dropout(self.mm(up, self.stack(pairs[::2], dy)), self.parts[0]), alpha=self.parts[0].scaling)
+        return (
+            dx
+            if up is None
+            else dx.add_(
+                apply_dropout(self.mm(up, self.stack(pairs[::2], dy)), self.parts[0]),
+                alpha=self.parts[0].scaling,
+            )
+        )
 
-    def adapter_back(self, dy: Tensor, up: Tensor | None, x: Tensor, low: Tensor | None, pairs: AdapterPairs) -> list[Tensor | None]:
+    def adapter_back(
+        self, dy: Tensor, up: Tensor | None, x: Tensor, low: Tensor | None, pairs: AdapterPairs
+    ) -> list[Tensor | None]:
         if low is None: return [None] * len(pairs)
-        one = lambda rows, columns: torch.where(self.some, self.mm(rows.t(), columns), 0) * self.parts[0].scaling
+        one = lambda rows, columns: (
+            torch.where(self.some, self.mm(rows.t(), columns), 0) * self.parts[0].scaling
+        )
         grads = one(up, apply_dropout(x, self.parts[0])), one(dy, low)
-        return [g.to(p.dtype) for both, ps in zip(zip(*grads), zip(pairs[::2], pairs[1::2])) for g, p in zip(both, ps)]
+        return [
+            g.to(p.dtype)
+            for both, ps in zip(zip(*grads), zip(pairs[::2], pairs[1::2]))
+            for g, p in zip(both, ps)
+        ]
 
 # %% ../../nbs/model/41_moe.ipynb #experts-product
 def experts_product(parts: list[LoraSpec], ends: Tensor, dtype: torch.dtype, rank: int) -> LoopedExperts:
     "The fastest way for these experts."
-    able = hasattr(F, "grouped_mm") and ends.is_cuda and dtype == torch.bfloat16 and torch.cuda.get_device_capability(ends.device) >= (9, 0)
+    able = (
+        hasattr(F, "grouped_mm")
+        and ends.is_cuda
+        and dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(ends.device) >= (9, 0)
+    )
     if able and rank % 8 == 0 and all(p.base.kind == "none" for p in parts):
         weights = as_stacked([p.base.weight for p in parts])
         if weights is not None: return GroupedExperts(parts, ends, weights)
@@ -125,7 +171,10 @@ class Experts(torch.autograd.Function):
     "Feed-forwards of sorted rows, weighted by `share` and added up for each token: (T, dim) -> (T, dim)."
 
     @staticmethod
-    def forward(ctx, h: Tensor, share: Tensor, where: ExpertOrder, parts: Sequence[list[LoraSpec]], *pairs: Tensor | None) -> Tensor:
+    def forward(
+        ctx, h: Tensor, share: Tensor, where: ExpertOrder, parts: Sequence[list[LoraSpec]],
+        *pairs: Tensor | None,
+    ) -> Tensor:
         n = 2 * len(parts[0])
         of = pairs[:n], pairs[n : 2 * n], pairs[2 * n :]
         rank = max([len(t) for t in pairs[::2] if t is not None], default=0)
@@ -153,7 +202,7 @@ class Experts(torch.autograd.Function):
 
 # %% ../../nbs/model/41_moe.ipynb #moe-forward
 def moe_forward(h: Tensor, scores: Tensor, active: int, experts: Sequence[nn.Module]) -> Tensor:
-    "The mixture of `experts`, each with w1, w2, w3, for inputs (T, dim) and router scores (T, experts): (T, dim)."
+    "The mixture of `experts` (w1, w2, w3 each) for inputs (T, dim) and router scores (T, experts): (T, dim)."
     best, chosen = scores.topk(active)
     share = best.softmax(-1, dtype=torch.promote_types(h.dtype, torch.float32))
     groups = [[getattr(e, w) for e in experts] for w in ("w1", "w3", "w2")]
@@ -168,5 +217,7 @@ def moe_reference(h: Tensor, share: Tensor, chosen: Tensor, experts: Sequence[nn
     out = torch.zeros_like(h)
     for i, e in enumerate(experts):
         token, rank = torch.where(chosen == i)
-        out = out.index_add(0, token, e.w2(F.silu(e.w1(h[token])) * e.w3(h[token])) * share[token, rank, None].to(h.dtype))
+        out = out.index_add(
+            0, token, e.w2(F.silu(e.w1(h[token])) * e.w3(h[token])) * share[token, rank, None].to(h.dtype)
+        )
     return out

@@ -29,7 +29,14 @@ def gather_rows(t: Tensor) -> Tensor:
     "All rows of `t`; if they lie on several devices, all processes must ask at once."
     if not is_sharded(t): return t
     if t.dtype != torch.float8_e4m3fn: return t.full_tensor()
-    return type(t).from_local(t.to_local().view(torch.uint8), t.device_mesh, t.placements, shape=t.shape, stride=t.stride()).full_tensor().view(t.dtype)  # not every backend sends 8-bit floats
+    return (
+        type(t)
+        .from_local(
+            t.to_local().view(torch.uint8), t.device_mesh, t.placements, shape=t.shape, stride=t.stride()
+        )
+        .full_tensor()
+        .view(t.dtype)
+    )  # not every backend sends 8-bit floats
 
 
 def local_rows(t: Tensor) -> Tensor:
@@ -76,7 +83,9 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.matmul(x)
 
-    def extra_repr(self) -> str: return f"{self.shape[1]} -> {self.shape[0]}" + (f", {self.kind}" if self.kind != "none" else "")
+    def extra_repr(self) -> str:
+        kind = f", {self.kind}" if self.kind != "none" else ""
+        return f"{self.shape[1]} -> {self.shape[0]}{kind}"
 
 # %% ../../nbs/model/38_quant.ipynb #frozenproduct
 class FrozenProduct(torch.autograd.Function):
@@ -115,8 +124,10 @@ class PackedLinear(Linear):
 # %% ../../nbs/model/38_quant.ipynb #nf4
 NF4_BLOCK = 64  # weights that share a scale
 NF4_VALUES = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+    1.0,
 )
 
 
@@ -136,13 +147,18 @@ class NF4Linear(PackedLinear):
         "Rows of a matrix as codes and scales"
         blocks = w.float().unflatten(1, (-1, NF4_BLOCK))
         scale = blocks.abs().amax(-1)
-        code = torch.bucketize(blocks / scale.clamp(min=1e-38)[..., None], nf4_levels(w.device)[0]).to(torch.uint8).flatten(1)
+        code = (
+            torch.bucketize(blocks / scale.clamp(min=1e-38)[..., None], nf4_levels(w.device)[0])
+            .to(torch.uint8)
+            .flatten(1)
+        )
         return code[:, ::2] << 4 | code[:, 1::2], scale
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.dtype
         codes, scale = gather_rows(self.codes), gather_rows(self.scale)
-        if codes.is_cuda and (fast := bitsandbytes_dequantize()): return fast(codes.view(-1, 1), scale.view(-1), NF4_BLOCK, "nf4", self.shape, dtype)
+        if codes.is_cuda and (fast := bitsandbytes_dequantize()):
+            return fast(codes.view(-1, 1), scale.view(-1), NF4_BLOCK, "nf4", self.shape, dtype)
         return unpack_nf4(codes, scale, nf4_levels(codes.device)[1], dtype)
 
 # %% ../../nbs/model/38_quant.ipynb #bitsandbytes-dequantize
@@ -170,7 +186,9 @@ class Int8Linear(PackedLinear):
     def pack(w: Tensor) -> tuple[Tensor, Tensor]:
         "Rows of a matrix as codes and scales"
         most = w.float().abs().amax(1, keepdim=True)
-        scale = most / torch.full_like(most, 127)  # by a tensor: CUDA takes a number's inverse, which rounds otherwise
+        scale = most / torch.full_like(
+            most, 127
+        )  # by a tensor: CUDA takes a number's inverse, which rounds otherwise
         return (w.float() / scale.clamp(min=1e-38)).round().to(torch.int8), scale
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -201,20 +219,26 @@ def has_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def fp8_product(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
+def fp8_product(
+    a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: torch.dtype, fast: bool
+) -> Tensor:
     "`(a * scale_a) @ (b * scale_b).T` of e4m3 rows (T, n) and (m, n) with scales (T, 1) and (m, 1)."
-    if fast: return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b.t(), out_dtype=torch.bfloat16, use_fast_accum=a.is_cuda).to(dtype)
+    if fast:
+        return torch._scaled_mm(
+            a, b.t(), scale_a=scale_a, scale_b=scale_b.t(), out_dtype=torch.bfloat16, use_fast_accum=a.is_cuda
+        ).to(dtype)
     return F.linear((a.float() * scale_a).to(dtype), (b.float() * scale_b).to(dtype))
 
 # %% ../../nbs/model/38_quant.ipynb #fp8linear
 class FP8Linear(PackedLinear):
-    "Codes (out, in) e4m3 and a scale for each row (out, 1); both products round the other factor to e4m3 too."
+    "Codes (out, in) e4m3, a scale for each row (out, 1); both products round the other factor to e4m3 too."
     kind = "fp8"
 
     @staticmethod
     def pack(w: Tensor) -> tuple[Tensor, Tensor]: return fp8_rows.plain(w)
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor: return (gather_rows(self.codes).float() * gather_rows(self.scale)).to(dtype or self.dtype)
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        return (gather_rows(self.codes).float() * gather_rows(self.scale)).to(dtype or self.dtype)
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]: return fp8_rows(x)
 
@@ -224,7 +248,9 @@ class FP8Linear(PackedLinear):
 
     def matmul_transposed(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
         a, scale = fp8_rows(dy, self.scale.t())
-        turned, one = self.codes.t().contiguous(), torch.ones(self.shape[1], 1, device=dy.device)  # tensor cores read both factors along the sum
+        turned, one = (
+            self.codes.t().contiguous(), torch.ones(self.shape[1], 1, device=dy.device),
+        )  # tensor cores read both factors along the sum
         dx = fp8_product(a, scale, turned, one, dy.dtype, has_fp8(dy.device))
         return dx if into is None else into.add_(dx)
 
@@ -236,11 +262,18 @@ STORAGES = {"nf4": NF4Linear, "fp8": FP8Linear, "int8": Int8Linear}
 def quantize_linear(w: Tensor, kind: str, dtype: torch.dtype | None = None, rows: int = 1024) -> Linear:
     "A matrix (out, in) in the storage `kind`: nf4, fp8, int8 or none; `dtype` is what `dense` gives."
     if kind == "none": return Linear(*reversed(w.shape), weight=w)
-    if kind == "nf4" and w.shape[1] % NF4_BLOCK: raise ValueError(f"nf4 needs rows of a multiple of {NF4_BLOCK} weights, and this matrix has {w.shape[1]}: use int8 or fp8")
+    if kind == "nf4" and w.shape[1] % NF4_BLOCK:
+        raise ValueError(
+            f"nf4 needs rows of a multiple of {NF4_BLOCK} weights, "
+            f"and this matrix has {w.shape[1]}: use int8 or fp8"
+        )
     codes, scale = zip(*(STORAGES[kind].pack(part) for part in w.split(rows)))
     return STORAGES[kind](torch.cat(codes), torch.cat(scale), w.shape, dtype or w.dtype)
 
 
 def stored_bits(kind: str, in_features: int, dtype_bits: int = 16) -> float:
     "Bits that one weight of a row of `in_features` takes."
-    return {"none": dtype_bits, "nf4": 4 + 32 / NF4_BLOCK, "fp8": 8 + 32 / in_features, "int8": 8 + 32 / in_features}[kind]
+    return {
+        "none": dtype_bits, "nf4": 4 + 32 / NF4_BLOCK, "fp8": 8 + 32 / in_features,
+        "int8": 8 + 32 / in_features,
+    }[kind]

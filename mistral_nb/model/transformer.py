@@ -67,7 +67,9 @@ class MoE(nn.Module):
         return x + moe_forward(h, self.gate(h), self.active, self.experts)
 
 # %% ../../nbs/model/42_transformer.ipynb #block
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (T, heads, D), k and v (T, kv_heads, D) -> (T, heads, D)
+Attend = Callable[
+    [int, Tensor, Tensor, Tensor], Tensor
+]  # layer, q (T, heads, D), k and v (T, kv_heads, D) -> (T, heads, D)
 
 
 class Attention(nn.Module):
@@ -82,8 +84,13 @@ class Attention(nn.Module):
         self.wv = Linear(args.dim, kv)
         self.wo = Linear(q, args.dim)
 
-    def forward(self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, attend: Attend, layer: int) -> Tensor:  # (T, dim)
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in norm_projections(x, norm, (self.wq, self.wk, self.wv)))  # (T, heads, head_dim)
+    def forward(
+        self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, attend: Attend, layer: int
+    ) -> Tensor:  # (T, dim)
+        q, k, v = (
+            y.unflatten(-1, (-1, self.head_dim))
+            for y in norm_projections(x, norm, (self.wq, self.wk, self.wv))
+        )  # (T, heads, head_dim)
         out = attend(layer, RopeFunction.apply(q, cos, sin), RopeFunction.apply(k, cos, sin), v)
         return add_projection(out.flatten(-2), x, self.wo)
 
@@ -95,7 +102,9 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         self.attention = Attention(args)
-        self.feed_forward = MoE(args.dim, args.hidden_dim, args.moe) if args.moe else FeedForward(args.dim, args.hidden_dim)
+        self.feed_forward = (
+            MoE(args.dim, args.hidden_dim, args.moe) if args.moe else FeedForward(args.dim, args.hidden_dim)
+        )
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
@@ -118,7 +127,9 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        table = torch.empty(args.vocab_size, args.dim).uniform_(-(3**0.5), 3**0.5)  # variance 1; normal_ would import much on the meta device
+        table = torch.empty(args.vocab_size, args.dim).uniform_(
+            -(3**0.5), 3**0.5
+        )  # variance 1; normal_ would import much on the meta device
         self.tok_embeddings = nn.Embedding(*table.shape, _weight=table)
         self.layers = nn.ModuleList(Block(args, i) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
@@ -137,7 +148,8 @@ class Transformer(nn.Module):
         cos, sin = rope_table(at, self.args.head_dim, self.args.rope_theta)
         x = self.tok_embeddings(ids).to(self.dtype)
         for i, block in enumerate(self.layers):
-            if i < self.recompute and torch.is_grad_enabled(): x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)
+            if i < self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)
             else: x = block(x, cos, sin, attend)
         return self.norm(x)
 
@@ -148,5 +160,5 @@ class Transformer(nn.Module):
         return self.hidden(ids, block_positions(blocks.seqlens, ids.device), attend)
 
     def forward(self, ids: Tensor, seqlens: Sequence[int], head: Head = all_logits) -> Tensor:
-        "What `head` makes of the hidden states of a packed row and the output matrix: float32 logits (T, vocab_size), or a loss."
+        "What `head` makes of the hidden states and the output matrix: float32 logits (T, vocab_size), or a loss."
         return head(self.packed_hidden(ids, seqlens), self.output.weight)

@@ -274,7 +274,7 @@ def save_tensors(state: dict[str, Tensor], file: str | Path, metadata: dict[str,
 
 # %% ../../nbs/model/44_weights.ipynb #sort-metadata
 def sort_metadata(file: BinaryIO) -> None:
-    "Put the metadata of an open safetensors file in order, so that equal contents are equal bytes; it comes from a hash map."
+    "Put the metadata of an open safetensors file in order, so that equal contents are equal bytes."
     size = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(size))
     ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
@@ -309,10 +309,7 @@ def init_model(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.float3
 
 # %% ../../nbs/model/44_weights.ipynb #extend
 def extend_vocab(
-    state: dict[str, Tensor],
-    seed: int | None = None,
-    old: int = 32000,
-    new: int = 32768,
+    state: dict[str, Tensor], seed: int | None = None, old: int = 32000, new: int = 32768,
 ) -> dict[str, Tensor]:
     "Weights of a model with `old` tokens for `new`: rows 0 to 2 stay, then new rows, then the rest."
     if seed is not None: torch.manual_seed(seed)

@@ -34,7 +34,7 @@ from .run_dir import folder_digests, step_of
 
 # %% ../../nbs/train/65_checkpoint.ipynb #only
 def why_only_here(dora: bool, whole: Collection[str]) -> str:
-    "Why only this package loads an adapter, with DoRA or `whole` weights, and what others load; empty for others."
+    "Why only this package loads an adapter with DoRA or `whole` weights; empty for another."
     parts = ["lora.dora"] * dora + ["lora.also_train"] * bool(whole)
     if not parts: return ""
     return (
@@ -46,7 +46,7 @@ LORA_KEYS = ("enable", "rank", "dropout", "scaling")  # that mistral-finetune wr
 
 
 def own_settings(lora: dict[str, Any]) -> dict[str, Any]:
-    "What `params.json` says of the adapter's settings: mistral-finetune's keys, others where they are no default."
+    "The adapter's settings in `params.json`: mistral-finetune's keys, and others that are no default."
     default = LoraArgs()
     return {k: v for k, v in lora.items() if k in LORA_KEYS or v != getattr(default, k, v) and k != "rslora"}
 
@@ -74,8 +74,10 @@ def consolidated_files(
     return out | (dict([tokenizer]) if tokenizer else {})
 
 
-def adapter_files(model: nn.Module, dtype: torch.dtype, lora: dict[str, Any]) -> tuple[FileContents, dict[str, Any]]:
-    "The adapter's tensors with their notes, whole weights trained beside it, and its settings for params.json."
+def adapter_files(
+    model: nn.Module, dtype: torch.dtype, lora: dict[str, Any]
+) -> tuple[FileContents, dict[str, Any]]:
+    "The adapter's files, whole weights trained beside it among them, and its settings for params.json."
     state, whole, out = adapter_state(model, dtype), whole_state(model), {}
     rank = lora_rank(state)
     settings = own_settings(lora) | {"rank": rank}
@@ -108,16 +110,20 @@ def trainable_params(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def rng_state() -> dict[str, Tensor]:
     "The states of this process's random generators."
-    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    return {"cpu": torch.get_rng_state()} | (
+        {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    )
 
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     "Name and value of all that the next step depends on, the random generators apart; on the CPU, and whole."
     for name, layer in lora_layers(model).items():
-        if layer.initial_ab: yield from zip((f"start_A.{name}", f"start_B.{name}"), (t.cpu() for t in layer.initial_ab))
+        if layer.initial_ab:
+            yield from zip((f"start_A.{name}", f"start_B.{name}"), (t.cpu() for t in layer.initial_ab))
     for name, p in trainable_params(model).items():
         yield f"param.{name}", gather_rows(p.detach()).cpu()
-        for key, value in optimizer.state.get(p, {}).items(): yield f"{key}.{name}", gather_rows(value.detach()).cpu()
+        for key, value in optimizer.state.get(p, {}).items():
+            yield f"{key}.{name}", gather_rows(value.detach()).cpu()
 
 
 def rng_tensors(rngs: list[dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -125,7 +131,9 @@ def rng_tensors(rngs: list[dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     for rank, states in enumerate(rngs): yield from ((f"rng.{rank}.{kind}", t) for kind, t in states.items())
 
 
-def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, rngs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def training_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, rngs: list[dict[str, Tensor]]
+) -> dict[str, Tensor]:
     "All of it at once."
     return dict(chain(rng_tensors(rngs), training_tensors(model, optimizer)))
 
@@ -153,13 +161,16 @@ def load_training_state(
             raise CheckpointError(problem)
         local_rows(p).copy_(state[f"param.{name}"][local_slice(p)])
         load_moments(state, name, p, optimizer)
-    if f"rng.{rank}.cpu" not in state: return  # there are more ranks than there were: this one has its own seed
+    if f"rng.{rank}.cpu" not in state:
+        return  # there are more ranks than there were: this one has its own seed
     torch.set_rng_state(state[f"rng.{rank}.cpu"])
     if f"rng.{rank}.cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state[f"rng.{rank}.cuda"])
 
 
-def load_moments(state: dict[str, Tensor], name: str, p: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+def load_moments(
+    state: dict[str, Tensor], name: str, p: nn.Parameter, optimizer: torch.optim.Optimizer
+) -> None:
     "Put the optimizer's state of one parameter back, if it has made a step."
     found = {k: state[f"{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in state}
     if not found: return
@@ -176,7 +187,7 @@ def checkpoint_files(
     keep: bool = True,  # false in a process that only gives its rows of a shared model
     **consolidated: Any,  # arguments of consolidated_files
 ) -> FileContents:
-    "The files of a checkpoint, as copies that training no longer changes; all processes that share a model call it at once."
+    "The files of a checkpoint, as copies; all processes that share a model call it at once."
     if not keep:
         give_rows(model, optimizer, consolidated["adapters_only"], consolidated["dtype"])
         return {}
@@ -203,14 +214,16 @@ def changing_storages(model: nn.Module, optimizer: torch.optim.Optimizer) -> set
     return out
 
 
-def give_rows(model: nn.Module, optimizer: torch.optim.Optimizer, adapters_only: bool, dtype: torch.dtype) -> None:
+def give_rows(
+    model: nn.Module, optimizer: torch.optim.Optimizer, adapters_only: bool, dtype: torch.dtype
+) -> None:
     "Take part in putting together what another process writes."
     merged = () if adapters_only else merged_tensors(model, dtype)
     for _ in chain(merged, training_tensors(model, optimizer)): pass
 
 # %% ../../nbs/train/65_checkpoint.ipynb #write-checkpoint
 def write_checkpoint(run_dir: str | Path, step: int, files: FileContents, keep: int | None = 3) -> Path:
-    "Write the checkpoint after `step`, delete the oldest beyond `keep` (None keeps all); its folder, or `CheckpointError`."
+    "Write the checkpoint after `step`, delete the oldest beyond `keep`; its folder, or `CheckpointError`."
     final = checkpoint_dir(run_dir, step)
     try:
         remove_leftovers(final.parent)
@@ -220,7 +233,9 @@ def write_checkpoint(run_dir: str | Path, step: int, files: FileContents, keep: 
     except (OSError, SafetensorError) as e:
         problem = f"the checkpoint after step {step} could not be written to {final.parent}: {e}"
         raise CheckpointError(f"{problem}; earlier ones are as they were") from None
-    past = [p for p in checkpoints(run_dir) if step_of(p) <= step]  # later ones were passed over, and say no age
+    past = [
+        p for p in checkpoints(run_dir) if step_of(p) <= step
+    ]  # later ones were passed over, and say no age
     for old in past[:-keep] if keep else []: shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -242,7 +257,9 @@ class CheckpointWriter:
     def start(self, run_dir: str | Path, step: int, files: FileContents, keep: int | None) -> None:
         "Begin to write, once the last one is written"
         self.join()
-        self.thread = Thread(target=self._write, args=(run_dir, step, files, keep))  # the process does not end before it
+        self.thread = Thread(
+            target=self._write, args=(run_dir, step, files, keep)
+        )  # the process does not end before it
         self.thread.start()
 
     def _write(self, run_dir: str | Path, step: int, files: FileContents, keep: int | None) -> None:
@@ -272,7 +289,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} has no readable training/state.json: {e}") from None
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0) -> dict[str, Any]:
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0
+) -> dict[str, Any]:
     "Put a checkpoint's state back; returns what stands in its state.json."
     facts, file = read_state(folder), folder / "training" / "state.safetensors"
     try: state = load_file(file)

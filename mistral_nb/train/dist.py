@@ -49,12 +49,13 @@ def under_torchrun() -> bool:
 
 # %% ../../nbs/train/61_dist.ipynb #agree-on-name
 def agree_on_name(store: dist.Store, rank: int, world_size: int, seconds: float) -> tuple[str, bool]:
-    "`(name, restarted)`: a name that only the ranks of this attempt know, and whether one of them was started anew."
+    "`(name, restarted)`: a name that only this attempt's ranks know, and whether one was started anew."
     mine, flag, until = uuid.uuid4().hex, str(int(was_restarted())), time.monotonic() + seconds
     read = lambda key: store.get(key).decode() if store.check([key]) else ""
 
     def late(who: object) -> float:
-        if time.monotonic() > until: raise TimeoutError(f"rank {rank} has not met {who} within {seconds:.0f} s")
+        if time.monotonic() > until:
+            raise TimeoutError(f"rank {rank} has not met {who} within {seconds:.0f} s")
         return 0.01
     if rank:
         store.set(f"hello/{rank}", mine)
@@ -76,7 +77,7 @@ _ranks: Ranks | None = None  # of this process, once it has joined
 
 
 def join_group(device: str = "cpu", timeout_minutes: float = 30) -> Ranks:
-    "Join the process group if torchrun started this process; messages may take twice `timeout_minutes`, so that who hangs speaks first."
+    "Join the process group if torchrun started this process; messages may take twice `timeout_minutes`."
     global _ranks
     if not under_torchrun(): return Ranks()
     if _ranks and dist.is_initialized(): return _ranks
@@ -85,7 +86,10 @@ def join_group(device: str = "cpu", timeout_minutes: float = 30) -> Ranks:
     if device == "cuda": torch.cuda.set_device(local_rank)
     store = next(dist.rendezvous("env://"))[0]
     name, restarts = agree_on_name(store, rank, world_size, 60 * timeout_minutes)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.PrefixStore(name, store), rank=rank, world_size=world_size, timeout=timedelta(minutes=2 * timeout_minutes))
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo", store=dist.PrefixStore(name, store), rank=rank,
+        world_size=world_size, timeout=timedelta(minutes=2 * timeout_minutes),
+    )
     _ranks = Ranks(rank, world_size, local_rank, here, restarts)
     return _ranks
 
@@ -111,7 +115,7 @@ def all_reduce_sum(values: list[float], device: str | torch.device = "cpu") -> l
 
 @lru_cache
 def sum_over_average(device: str) -> float:
-    "What makes a sum of an average over all ranks: their number, or 1 where a backend adds up although it is asked to average."
+    "What makes a sum of an average over all ranks: their number, or 1 for a backend that only adds up."
     each, mean = torch.ones(dist.get_world_size(), device=device), torch.empty(1, device=device)
     dist.reduce_scatter_tensor(mean, each, dist.ReduceOp.AVG)
     return dist.get_world_size() / mean.item()
@@ -122,7 +126,8 @@ def all_reduce_grads(params: Iterable[nn.Parameter]) -> None:
     if not is_distributed(): return
     params = [p for p in params if p.requires_grad]
     for p in params:
-        if is_sharded(p) and p.grad is not None: p.grad.mul_(sum_over_average(p.device.type))  # FSDP has averaged it
+        if is_sharded(p) and p.grad is not None:
+            p.grad.mul_(sum_over_average(p.device.type))  # FSDP has averaged it
     params = [p for p in params if not is_sharded(p)]
     if not params: return
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
@@ -186,16 +191,24 @@ def check_fsdp(version: str) -> None:
 
 # %% ../../nbs/train/61_dist.ipynb #fsdp-placer
 def fsdp_placer(device: str, keep: KeepWhole, groups: int = 1) -> Callable[[nn.Module], None]:
-    "What divides the rows of a Transformer among the processes of each of `groups`: `load_model(..., place=sharded(...))`."
+    "What divides the rows of a Transformer among the processes of each group: `place` of `load_model`."
     check_fsdp(torch.__version__)
 
     def place(model: nn.Module) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
         each = dist.get_world_size() // groups
-        mesh = init_device_mesh(device, (each,)) if groups == 1 else init_device_mesh(device, (groups, each), mesh_dim_names=("copies", "rows"))
+        mesh = (
+            init_device_mesh(device, (each,))
+            if groups == 1
+            else init_device_mesh(device, (groups, each), mesh_dim_names=("copies", "rows"))
+        )
         whole = {p for n, p in model.named_parameters() if keep(n, p)}
-        tables = [] if model.args.tied_embeddings or model.tok_embeddings.weight in whole else [model.tok_embeddings]
+        tables = (
+            []
+            if model.args.tied_embeddings or model.tok_embeddings.weight in whole
+            else [model.tok_embeddings]
+        )
         for part in [*tables, *model.layers, model]:
             fully_shard(part, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
     return place

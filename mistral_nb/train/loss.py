@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/train/58_loss.ipynb #loss
-HAS_FLOAT32_OUT = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # a product of 16-bit matrices can be float32
+HAS_FLOAT32_OUT = tuple(map(int, torch.__version__.split(".")[:2])) >= (
+    2, 8,
+)  # a product of 16-bit matrices can be float32
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -31,7 +33,9 @@ class ChunkedLoss(torch.autograd.Function):
             top, target = z.amax(1, keepdim=True), z.gather(1, t)
             total = z.sub_(top).exp_().sum(1, keepdim=True)  # z is now exp(z - top)
             loss += ((total.log() + top - target) * share).sum()
-            z.div_(total).scatter_add_(1, t, z.new_full(t.shape, -1.0)).mul_(share)  # and now softmax(z) - one_hot(t)
+            z.div_(total).scatter_add_(1, t, z.new_full(t.shape, -1.0)).mul_(
+                share
+            )  # and now softmax(z) - one_hot(t)
             if dw is not None: dw.addmm_(z.t(), rows.to(total_type))
             if dh is not None: torch.mm(z.to(h.dtype), matrix, out=dh[at : at + chunk])
             del z  # before the next chunk is computed, not after
@@ -42,12 +46,16 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, up: Tensor):
         dh, dw = ctx.saved_tensors
-        return (None if dh is None else (dh * up).to(ctx.types[0]), None if dw is None else (dw * up).to(ctx.types[1]), None, None, None)
+        return (
+            None if dh is None else (dh * up).to(ctx.types[0]),
+            None if dw is None else (dw * up).to(ctx.types[1]), None, None, None,
+        )
 
 # %% ../../nbs/train/58_loss.ipynb #logits
 def _logits(rows: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
     "Logits in `dtype`, not rounded to 16 bits where the device can avoid it"
-    if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16) and HAS_FLOAT32_OUT: return torch.mm(rows, w.t(), out_dtype=dtype)
+    if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16) and HAS_FLOAT32_OUT:
+        return torch.mm(rows, w.t(), out_dtype=dtype)
     return (rows @ w.t()).to(dtype)
 
 # %% ../../nbs/train/58_loss.ipynb #loss-sum
@@ -72,7 +80,10 @@ def loss_sum(
     return rows_loss(hidden, output, targets[at], at, None if weights is None else weights[at], chunk)
 
 # %% ../../nbs/train/58_loss.ipynb #rows-loss
-def rows_loss(hidden: Tensor, output: Tensor, targets: Tensor, at: Tensor, weights: Tensor | None = None, chunk: int | None = None) -> Tensor:
+def rows_loss(
+    hidden: Tensor, output: Tensor, targets: Tensor, at: Tensor, weights: Tensor | None = None,
+    chunk: int | None = None,
+) -> Tensor:
     "The same with the places `at` (n,) of the trained rows, and targets and weights of those only."
     if len(at) < len(hidden): hidden = hidden.index_select(0, at)
     return ChunkedLoss.apply(hidden, output, targets, weights, chunk or chunk_rows(len(output)))

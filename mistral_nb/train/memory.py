@@ -35,7 +35,9 @@ class StepShape:
 def weight_bytes(job: StepShape) -> int:
     "The frozen model, or all weights of a full training."
     a = job.model
-    matrices = sum(n * i * o * stored_bits(job.quantize, i, 8 * job.size) / 8 for n, i, o in linear_shapes(a).values())
+    matrices = sum(
+        n * i * o * stored_bits(job.quantize, i, 8 * job.size) / 8 for n, i, o in linear_shapes(a).values()
+    )
     gates = a.n_layers * a.dim * a.moe.num_experts if a.moe else 0
     rest = a.vocab_size * a.dim * (1 if a.tied_embeddings else 2) + gates + (2 * a.n_layers + 1) * a.dim
     return int(matrices) + rest * job.size
@@ -47,7 +49,10 @@ def n_trained(job: StepShape) -> int:
     if job.full: return weight_bytes(replace(job, quantize="none")) // job.size
     adapted = [v for k, v in linear_shapes(a).items() if k in job.targets]
     lora = sum(n * (job.rank * (i + o) + o * job.dora) for n, i, o in adapted)
-    whole = {"norms": (2 * a.n_layers + 1) * a.dim, "embeddings": table, "output": 0 if a.tied_embeddings and "embeddings" in job.also else table}
+    whole = {
+        "norms": (2 * a.n_layers + 1) * a.dim, "embeddings": table,
+        "output": 0 if a.tied_embeddings and "embeddings" in job.also else table,
+    }
     return lora + sum(whole[k] for k in job.also)
 
 # %% ../../nbs/train/68_memory.ipynb #saved
@@ -60,9 +65,16 @@ def saved_bytes(job: StepShape) -> int:
     numbers = 2 * a.dim + 2 * q + 2 * kv + 2 * k * a.hidden_dim + low
     if a.moe: numbers += a.dim  # the experts' input
     plain = job.full or job.dora
-    if plain: numbers += (2 if not a.moe else k + 1) * a.dim + 2 * k * a.hidden_dim + (3 * k * a.dim if a.moe else 0)  # normalised inputs, silu(g), its product with u
-    if job.dora: numbers += q + 2 * kv + a.dim + k * (2 * a.hidden_dim + a.dim)  # products before their factor
-    if job.expanded: numbers += 3 * q - 2 * kv + ((a.sliding_window or -512) + 512)  # wide keys, wide values, the parts of the output; masks
+    if plain:
+        numbers += (
+            (2 if not a.moe else k + 1) * a.dim + 2 * k * a.hidden_dim + (3 * k * a.dim if a.moe else 0)
+        )  # normalised inputs, silu(g), its product with u
+    if job.dora:
+        numbers += q + 2 * kv + a.dim + k * (2 * a.hidden_dim + a.dim)  # products before their factor
+    if job.expanded:
+        numbers += (
+            3 * q - 2 * kv + ((a.sliding_window or -512) + 512)
+        )  # wide keys, wide values, the parts of the output; masks
     small = 4 * (a.n_heads + 2) + (k * (8 + 8 + 4 + 4) if a.moe else 0)  # logsumexp, norms; routes and shares
     return numbers * job.size + small
 
@@ -75,9 +87,14 @@ def live_bytes(job: StepShape) -> int:
 
 
 def unpacked_bytes(job: StepShape) -> int:
-    "The largest matrix of a layer, if it is unpacked, or turned, for a product; DoRA takes the norms of a copy."
+    "The largest matrix of a layer, if a product unpacks or turns it; DoRA takes the norms of a copy."
     largest = max(i * o for _, i, o in linear_shapes(job.model).values())
-    return 12 * largest * job.dora + {"none": 0, "nf4": largest * (job.size + 8), "int8": largest * (job.size + 4), "fp8": 2 * largest}[job.quantize]
+    return (
+        12 * largest * job.dora
+        + {"none": 0, "nf4": largest * (job.size + 8), "int8": largest * (job.size + 4), "fp8": 2 * largest}[
+            job.quantize
+        ]
+    )
 
 # %% ../../nbs/train/68_memory.ipynb #memory
 @dataclass(frozen=True)
@@ -121,12 +138,14 @@ def share_bytes(job: StepShape) -> int:
 
 # %% ../../nbs/train/68_memory.ipynb #gathered-bytes
 def gathered_bytes(job: StepShape) -> int:
-    "A layer, the next one, the message that it comes in, and the output matrix; or, at the start, both tables and a message; in a full training also gradients of a layer, before and while they are sent."
+    "What is put together at a time of a divided model: two layers with their messages, or the tables."
     if job.shares == 1: return 0
     table, n = job.model.vocab_size * job.model.dim * job.size, n_tables(job.model)
     layers = (3 + 2 * job.full) * (weight_bytes(job) - n * table) // job.model.n_layers
     divided = n - whole_tables(job)
-    return max(layers + table * min(divided, 1), table * (divided + 1) * (divided > 0))  # the first is put together while the output matrix is there
+    return max(
+        layers + table * min(divided, 1), table * (divided + 1) * (divided > 0)
+    )  # the first is put together while the output matrix is there
 
 # %% ../../nbs/train/68_memory.ipynb #step-memory
 def step_memory(
@@ -137,6 +156,16 @@ def step_memory(
     "The parts of a step with `tokens` in flight."
     a, n, shares = job.model, n_trained(job), job.shares if job.full else 1
     width = job.size if job.full else 4
-    kept = (a.n_layers - recompute) * saved_bytes(job) + recompute * a.dim * job.size + a.dim * job.size + 4 * a.head_dim + 17  # inputs of recomputed layers and of the last norm, rotations, ids
+    kept = (
+        (a.n_layers - recompute) * saved_bytes(job)
+        + recompute * a.dim * job.size
+        + a.dim * job.size
+        + 4 * a.head_dim
+        + 17
+    )  # inputs of recomputed layers and of the last norm, rotations, ids
     live = live_bytes(job) + (saved_bytes(job) if recompute else 0)
-    return Memory(share_bytes(job), gathered_bytes(job), 0 if job.full else 4 * n, width * n // shares, 2 * width * n // shares, tokens * kept, tokens * live + unpacked_bytes(job), loss_bytes(job, tokens))
+    return Memory(
+        share_bytes(job), gathered_bytes(job), 0 if job.full else 4 * n, width * n // shares,
+        2 * width * n // shares, tokens * kept, tokens * live + unpacked_bytes(job),
+        loss_bytes(job, tokens),
+    )

@@ -35,7 +35,9 @@ class EvalLog:
     tokens: int  # trained tokens it was computed on
     seconds: float
 
-    def __str__(self) -> str: return f"eval at step {self.step}: loss {self.loss:.4f}, perplexity {self.perplexity:.4g} over {self.tokens:,} tokens"
+    def __str__(self) -> str:
+        loss = f"loss {self.loss:.4f}, perplexity {self.perplexity:.4g}"
+        return f"eval at step {self.step}: {loss} over {self.tokens:,} tokens"
 
 # %% ../../nbs/train/66_metrics.ipynb #steplog
 @dataclass(frozen=True)
@@ -56,8 +58,16 @@ class StepLog:
     checkpoint: str | None = None  # of a checkpoint after this step
 
     def __str__(self) -> str:
-        parts = [f"step {self.step}/{self.max_steps}", f"loss {self.loss:.4f}", f"lr {self.lr:.2e}", f"{self.tokens_per_second:,.0f} tokens/s", f"{self.memory_gib:.1f} GiB", f"{format_duration(self.eta_seconds)} left"]
-        return ", ".join(parts) + (f"; {self.eval}" if self.eval else "") + (f"; saved {self.checkpoint}" if self.checkpoint else "")
+        parts = [
+            f"step {self.step}/{self.max_steps}", f"loss {self.loss:.4f}", f"lr {self.lr:.2e}",
+            f"{self.tokens_per_second:,.0f} tokens/s", f"{self.memory_gib:.1f} GiB",
+            f"{format_duration(self.eta_seconds)} left",
+        ]
+        return (
+            ", ".join(parts)
+            + (f"; {self.eval}" if self.eval else "")
+            + (f"; saved {self.checkpoint}" if self.checkpoint else "")
+        )
 
 # %% ../../nbs/train/66_metrics.ipynb #peak-memory-gib
 def format_duration(seconds: float) -> str:
@@ -108,7 +118,7 @@ def open_lines(run_dir: str | Path, name: str, step: int) -> Any:
 
 # %% ../../nbs/train/66_metrics.ipynb #parse-records
 def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
-    "The records in a metrics file; a last line that is still being written is left out, and so is, with a warning, one that is no JSON."
+    "The records in a metrics file, without a last line that is still being written; a warning for one that is none."
     yield from parse_records(Path(path).read_text(encoding="utf-8", errors="replace").split("\n")[:-1], path)
 
 
@@ -118,7 +128,10 @@ def parse_records(lines: Iterable[str | bytes], path: str | Path) -> Iterator[di
         try: found = json.loads(line)
         except (ValueError, RecursionError): found = None
         if isinstance(found, dict) and type(found.get("step")) is int: yield found
-        else: warnings.warn(f"{path} has a line that is no record, and it is left out: {line[:60]!r}", stacklevel=2)
+        else:
+            warnings.warn(
+                f"{path} has a line that is no record, and it is left out: {line[:60]!r}", stacklevel=2
+            )
 
 # %% ../../nbs/train/66_metrics.ipynb #show-progress
 def in_notebook() -> bool:
@@ -134,12 +147,16 @@ def progress_note(r: StepLog) -> str:
     return f"loss {r.loss:.4f}, lr {r.lr:.1e}, {speed}{held_out}"
 
 
-def show_progress(records: Iterator[StepLog], done: int, total: int, every: int = 1, quiet: bool = False) -> None:
+def show_progress(
+    records: Iterator[StepLog], done: int, total: int, every: int = 1, quiet: bool = False
+) -> None:
     "Take all `records`, showing a bar on a screen and a line each `every` steps elsewhere."
     live = sys.stdout.isatty() or in_notebook()
     form = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
     hidden = quiet or not live
-    with tqdm(initial=done, total=total, file=sys.stdout, bar_format=form, disable=hidden, mininterval=0.2) as bar:
+    with tqdm(
+        initial=done, total=total, file=sys.stdout, bar_format=form, disable=hidden, mininterval=0.2
+    ) as bar:
         for r in records:
             bar.set_postfix_str(progress_note(r), refresh=False)
             bar.update(r.step - bar.n)
@@ -159,7 +176,9 @@ class History:
     def table(self, rows: int = 10) -> Table:
         "About `rows` records, evenly spaced, the last one included"
         every = max(1, math.ceil(len(self.records) / rows))
-        some = [r for i, r in enumerate(self.records, 1) if i % every == 0 or i == len(self.records) or r.eval]
+        some = [
+            r for i, r in enumerate(self.records, 1) if i % every == 0 or i == len(self.records) or r.eval
+        ]
         return Table(["step", "loss", "eval loss", "lr", "tokens/s"], [self._row(r) for r in some])
 
     def _row(self, r: StepLog) -> list:
@@ -178,7 +197,8 @@ class History:
         figure = Figure(figsize=(6, 2.8), layout="constrained")
         axes = figure.subplots()
         axes.plot([r.step for r in self.records], [r.loss for r in self.records], label="train")
-        if self.evals: axes.plot([e.step for e in self.evals], [e.loss for e in self.evals], "o-", label="eval")
+        if self.evals:
+            axes.plot([e.step for e in self.evals], [e.loss for e in self.evals], "o-", label="eval")
         axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
         axes.legend()
         return Picture(figure)
@@ -186,7 +206,8 @@ class History:
 # %% ../../nbs/train/66_metrics.ipynb #runs
 def list_runs(folder: str | Path = ".") -> Table:
     "The runs in `folder` and below, the latest last: steps, losses, checkpoints."
-    if not Path(folder).is_dir(): raise FileNotFoundError(f"{folder} is not a folder: give one with runs in it or below")
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder: give one with runs in it or below")
     found = [p.parent for p in Path(folder).rglob("args.yaml") if (p.parent / "metrics.train.jsonl").exists()]
     found.sort(key=lambda run: (run / "metrics.train.jsonl").stat().st_mtime)
     columns = ["run", "steps", "loss", "eval loss", "checkpoints", "newest", "size"]

@@ -24,7 +24,7 @@ def _cosine(a: float, b: float, share: float) -> float:
 
 
 def one_cycle(step: int, total: int, pct_start: float, low: float, high: float, end: float) -> float:
-    "A value that goes from `low` to `high` in the first `pct_start` of `total` steps, then to `end`; `step` counts from 0."
+    "A value that goes from `low` to `high` in the first `pct_start` of `total` steps, then to `end`."
     turn, last = pct_start * total - 1, total - 1
     if total == 1: return high  # one step trains at the peak
     if step < turn: return _cosine(low, high, step / turn)
@@ -41,20 +41,31 @@ def beta1_at(step: int, total: int, pct_start: float = 0.05) -> float:
     return one_cycle(step, total, pct_start, 0.95, 0.85, 0.95)
 
 # %% ../../nbs/train/60_optim.ipynb #optimizer
-def adamw(params: Mapping[str, nn.Parameter] | Iterable[nn.Parameter], lr: float, weight_decay: float, lr_ratio: float = 1.0) -> torch.optim.AdamW:
-    "The optimizer of a run; parameters named `lora_B` learn `lr_ratio` times as fast, and beside an adapter no vector decays."
+def adamw(
+    params: Mapping[str, nn.Parameter] | Iterable[nn.Parameter], lr: float, weight_decay: float,
+    lr_ratio: float = 1.0,
+) -> torch.optim.AdamW:
+    "The optimizer of a run; `lora_B` learns `lr_ratio` times as fast, and beside an adapter no vector decays."
     named = {str(n): p for n, p in (params.items() if isinstance(params, Mapping) else enumerate(params))}
     adapter, groups = any(".lora_" in n for n in named), {}
     for name, p in named.items():
-        times, decay = lr_ratio if ".lora_B." in name else 1.0, 0.0 if adapter and p.dim() == 1 else weight_decay
+        times, decay = (
+            lr_ratio if ".lora_B." in name else 1.0, 0.0 if adapter and p.dim() == 1 else weight_decay,
+        )
         groups.setdefault((times, decay), []).append(p)
-    options = [dict(params=ps, lr=lr * times, times=times, weight_decay=decay) for (times, decay), ps in groups.items()]
-    return torch.optim.AdamW(options, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=all(p.is_cuda for p in named.values()) or None)  # fused: no copies of all moments
+    options = [
+        dict(params=ps, lr=lr * times, times=times, weight_decay=decay)
+        for (times, decay), ps in groups.items()
+    ]
+    return torch.optim.AdamW(
+        options, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=all(p.is_cuda for p in named.values()) or None
+    )  # fused: no copies of all moments
 
 # %% ../../nbs/train/60_optim.ipynb #set-lr
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, beta1: float = 0.9) -> None:
     "Learning rate and first coefficient of the next step."
-    for group in optimizer.param_groups: group["lr"], group["betas"] = lr * group.get("times", 1.0), (beta1, group["betas"][1])
+    for group in optimizer.param_groups:
+        group["lr"], group["betas"] = lr * group.get("times", 1.0), (beta1, group["betas"][1])
 
 
 def clip_gradients(params: Iterable[nn.Parameter], max_norm: float) -> float:

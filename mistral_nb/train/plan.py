@@ -27,15 +27,19 @@ from .memory import Memory, step_memory, StepShape
 def choose_device(name: str = "auto") -> str:
     "`cuda` if there is one, else `cpu`; `ConfigError` if what was asked for is not there."
     if name == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"): raise ConfigError("device", f"there is no {name!r}", "one of auto, cpu, cuda")
-    if name == "cuda" and not torch.cuda.is_available(): raise ConfigError("device", "no CUDA GPU is visible to PyTorch", "device: auto takes what is there")
+    if name not in ("cpu", "cuda"):
+        raise ConfigError("device", f"there is no {name!r}", "one of auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", "no CUDA GPU is visible to PyTorch", "device: auto takes what is there")
     return name
 
 
 def use_threads(wanted: int | None, device: str) -> int | None:
-    "Have PyTorch compute with so many threads on a CPU, by default as many as this process may use cores; returns how many."
+    "Have PyTorch compute with so many threads on a CPU, by default one a core; returns how many."
     if device != "cpu": return wanted
-    told = wanted or (None if "OMP_NUM_THREADS" in os.environ else min(torch.get_num_threads(), available_cores()))
+    told = wanted or (
+        None if "OMP_NUM_THREADS" in os.environ else min(torch.get_num_threads(), available_cores())
+    )
     if told: torch.set_num_threads(told)
     return torch.get_num_threads()
 
@@ -56,13 +60,20 @@ def most_tokens(job: StepShape, budget: int, recompute: int, limit: int) -> int:
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if step_memory(job, middle, recompute).total <= budget else (low, middle - 1)
+        low, high = (
+            (middle, high) if step_memory(job, middle, recompute).total <= budget else (low, middle - 1)
+        )
     return low
 
 
-def fit_tokens(job: StepShape, budget: int, tokens: int, longest: int, recompute: int | None = None) -> tuple[int, int] | None:
-    "`(tokens in a micro-batch, layers recomputed)` for batches of `tokens` with samples up to `longest`; a given `recompute` is kept. None if nothing fits."
-    choices = [(most_tokens(job, budget, n, tokens), n) for n in (range(job.model.n_layers + 1) if recompute is None else [recompute])]
+def fit_tokens(
+    job: StepShape, budget: int, tokens: int, longest: int, recompute: int | None = None
+) -> tuple[int, int] | None:
+    "`(tokens in a micro-batch, layers recomputed)` that fit, a given `recompute` kept; None if nothing fits."
+    choices = [
+        (most_tokens(job, budget, n, tokens), n)
+        for n in (range(job.model.n_layers + 1) if recompute is None else [recompute])
+    ]
     for least in (min(tokens, max(longest, MIN_TOKENS)), min(tokens, longest)):
         for found, n in choices:
             if found >= least: return found, n
@@ -75,10 +86,17 @@ def free_memory(device: str) -> tuple[int, str]:
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # of what PyTorch holds
         return torch.cuda.mem_get_info()[0] + unused, torch.cuda.get_device_name()
     pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30
-    found = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable")] or [pages]
+    found = [
+        int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable")
+    ] or [pages]
     most, used = (next(iter(_lines(f"/sys/fs/cgroup/memory.{k}")), "") for k in ("max", "current"))
-    cached = sum(int(line.split()[1]) for line in _lines("/sys/fs/cgroup/memory.stat") if line.startswith("inactive_file "))
-    if most.strip().isdigit() and used.strip().isdigit(): found.append(max(0, int(most) - int(used) + cached))  # a container's share
+    cached = sum(
+        int(line.split()[1])
+        for line in _lines("/sys/fs/cgroup/memory.stat")
+        if line.startswith("inactive_file ")
+    )
+    if most.strip().isdigit() and used.strip().isdigit():
+        found.append(max(0, int(most) - int(used) + cached))  # a container's share
     return min(found), "CPU"
 
 # %% ../../nbs/train/69_plan.ipynb #lines
@@ -87,15 +105,24 @@ def _lines(path: str) -> list[str]:
     except OSError: return []
 
 # %% ../../nbs/train/69_plan.ipynb #plan
-def step_shape(args: TrainArgs, model: ModelArgs, dtype: torch.dtype, storage: str | None = None, expanded: bool = False) -> StepShape:
+def step_shape(
+    args: TrainArgs, model: ModelArgs, dtype: torch.dtype, storage: str | None = None, expanded: bool = False
+) -> StepShape:
     "The numbers of a run; `storage` is that of the folder if it is packed already."
     lora = args.lora
-    return StepShape(model, dtype.itemsize, lora.rank if lora.enable else 0, tuple(lora.targets), storage or args.quantize, lora.dora and lora.enable, tuple(lora.also_train), expanded)
+    return StepShape(
+        model, dtype.itemsize, lora.rank if lora.enable else 0, tuple(lora.targets),
+        storage or args.quantize, lora.dora and lora.enable, tuple(lora.also_train), expanded,
+    )
 
 
 def has_expanded_heads(device: str, dtype: torch.dtype) -> bool:
     "Whether attention on this machine's device goes block by block with a key and a value for every head."
-    return device == "cuda" and torch.cuda.is_available() and not (dtype.itemsize == 2 and has_varlen(torch.device("cuda")))
+    return (
+        device == "cuda"
+        and torch.cuda.is_available()
+        and not (dtype.itemsize == 2 and has_varlen(torch.device("cuda")))
+    )
 
 # %% ../../nbs/train/69_plan.ipynb #plan-code
 @dataclass(frozen=True)
@@ -127,18 +154,38 @@ class Plan:
     def placed(self) -> str:
         "Where the model is, in words; empty for one process"
         if self.world_size == 1: return ""
-        return f"a copy on each of {self.world_size} processes" if not self.groups else f"divided among {self.job.shares} processes" + (f", {self.groups} times" if self.groups > 1 else "")
+        return (
+            f"a copy on each of {self.world_size} processes"
+            if not self.groups
+            else f"divided among {self.job.shares} processes"
+            + (f", {self.groups} times" if self.groups > 1 else "")
+        )
 
     def table(self) -> Table:
         "The parts against the device"
-        rows = [(f.name, to_gib(getattr(self.memory, f.name))) for f in fields(Memory) if f.name != "gathered" or self.groups] + [("total", to_gib(self.memory.total)), (f"free on {self.device}", to_gib(self.budget))]
+        rows = [
+            (f.name, to_gib(getattr(self.memory, f.name)))
+            for f in fields(Memory)
+            if f.name != "gathered" or self.groups
+        ] + [("total", to_gib(self.memory.total)), (f"free on {self.device}", to_gib(self.budget))]
         return Table(["part", "GiB"], rows, title=str(self.how()))
 
     def how(self) -> str:
         "What is done, in a sentence"
-        if not self.fits: return "does not fit: " + ("; or ".join(self.advice) if self.advice else "a smaller model or a larger device is needed")
-        pieces = f"{self.tokens:,} tokens at once" if self.limit is None else f"{self.tokens:,} tokens in pieces of at most {self.micro:,}"
-        done = f", {self.recompute} of {self.job.model.n_layers} layers recomputed" if self.recompute else ", nothing recomputed"
+        if not self.fits:
+            return "does not fit: " + (
+                "; or ".join(self.advice) if self.advice else "a smaller model or a larger device is needed"
+            )
+        pieces = (
+            f"{self.tokens:,} tokens at once"
+            if self.limit is None
+            else f"{self.tokens:,} tokens in pieces of at most {self.micro:,}"
+        )
+        done = (
+            f", {self.recompute} of {self.job.model.n_layers} layers recomputed"
+            if self.recompute
+            else ", nothing recomputed"
+        )
         return pieces + done + (f"; the model: {self.placed()}" if self.placed() else "")
 
     def __str__(self) -> str: return str(self.table())
@@ -161,8 +208,11 @@ def layers_asked_for(checkpoint: bool | int | str, n_layers: int) -> int | None:
 
 
 def divisions(placement: str, world_size: int, node: int) -> list[int]:
-    "Among how many of the processes, `node` of them on each node, a model is divided; the first that fits is taken."
-    return {"auto": list(dict.fromkeys([1, node, world_size])), "replicate": [1], "shard": [world_size], "hybrid": [node]}[placement]
+    "Among how many processes a model may be divided, `node` of them on each node; the first that fits is taken."
+    return {
+        "auto": list(dict.fromkeys([1, node, world_size])), "replicate": [1], "shard": [world_size],
+        "hybrid": [node],
+    }[placement]
 
 # %% ../../nbs/train/69_plan.ipynb #make-plan
 def make_plan(
@@ -183,10 +233,19 @@ def make_plan(
     fixed = layers_asked_for(args.checkpoint, model.n_layers)
     for n in divisions(args.placement, world_size, node or min(world_size, 8)):
         job = replace(alone, shares=n)
-        if found := fit_tokens(job, int(SAFETY * budget), tokens, longest, fixed): return Plan(job, budget, device, tokens, *found, True, (), world_size)
+        if found := fit_tokens(job, int(SAFETY * budget), tokens, longest, fixed):
+            return Plan(job, budget, device, tokens, *found, True, (), world_size)
     smallest = longest, model.n_layers if fixed is None else fixed
     hints = suggest_changes(job, int(SAFETY * budget), longest, fixed)
-    if args.placement != "replicate" and (more := [n for n in (2, 4, 8, 16, 32) if n > world_size and fit_tokens(replace(job, shares=n), int(SAFETY * budget), longest, longest, fixed)]): hints.append(f"{more[0]} processes, which divide the model among them")
+    if args.placement != "replicate" and (
+        more := [
+            n
+            for n in (2, 4, 8, 16, 32)
+            if n > world_size
+            and fit_tokens(replace(job, shares=n), int(SAFETY * budget), longest, longest, fixed)
+        ]
+    ):
+        hints.append(f"{more[0]} processes, which divide the model among them")
     return Plan(job, budget, device, tokens, *smallest, False, tuple(hints), world_size)
 
 # %% ../../nbs/train/69_plan.ipynb #suggest-changes
@@ -196,13 +255,21 @@ def suggest_changes(job: StepShape, budget: int, longest: int, recompute: int | 
     if recompute is not None and fit_tokens(job, budget, longest, longest): out.append("checkpoint: auto")
     if not job.full:
         for kind in ("fp8", "nf4"):
-            if job.quantize == "none" and fit_tokens(replace(job, quantize=kind), budget, longest, longest): out.append(f"quantize: {kind}")
-        if (smaller := [r for r in (64, 32, 16, 8) if r < job.rank and fit_tokens(replace(job, rank=r), budget, longest, longest)]): out.append(f"lora.rank: {smaller[0]}")
+            if job.quantize == "none" and fit_tokens(replace(job, quantize=kind), budget, longest, longest):
+                out.append(f"quantize: {kind}")
+        if smaller := [
+            r
+            for r in (64, 32, 16, 8)
+            if r < job.rank and fit_tokens(replace(job, rank=r), budget, longest, longest)
+        ]:
+            out.append(f"lora.rank: {smaller[0]}")
     elif fit_tokens(replace(job, rank=16), budget, longest, longest): out.append("lora.enable: true")
     for kind in dict.fromkeys([job.quantize] + ["nf4"] * (not job.full)):
         deepest = job.model.n_layers if recompute is None else recompute
         if (most := most_tokens(replace(job, quantize=kind), budget, deepest, longest)) >= 128:
-            out.append(f"seq_len: {most // 128 * 128}" + (f" with quantize: {kind}" if kind != job.quantize else ""))
+            out.append(
+                f"seq_len: {most // 128 * 128}" + (f" with quantize: {kind}" if kind != job.quantize else "")
+            )
             break
     return out
 
@@ -220,10 +287,14 @@ def plan(source=None, *overrides: str, **values) -> Plan:
         budget, dtype = int(args.memory_gib * 2**30), remote_dtype(args)
         return make_plan(args, shape, dtype, budget, "a GPU of this size", None, storage, world_size=world)
     device = choose_device(args.device)
-    dtype = choose_dtype(args.dtype, device, args.lora.enable, file_dtype(model) if weights else torch.bfloat16)
+    dtype = choose_dtype(
+        args.dtype, device, args.lora.enable, file_dtype(model) if weights else torch.bfloat16
+    )
     free, name = free_memory(device)
     budget = int(args.memory_gib * 2**30) if args.memory_gib else free
-    return make_plan(args, shape, dtype, budget, name, None, storage, has_expanded_heads(device, dtype), world)
+    return make_plan(
+        args, shape, dtype, budget, name, None, storage, has_expanded_heads(device, dtype), world
+    )
 
 # %% ../../nbs/train/69_plan.ipynb #remote-dtype
 def remote_dtype(args: TrainArgs) -> torch.dtype:

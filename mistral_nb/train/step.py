@@ -31,17 +31,26 @@ def batch_loss(model: Transformer, batch: Batch) -> torch.Tensor:
 
 def loss_divisors(batches: Sequence[Batch], average: str, device: torch.device) -> list[float]:
     "By what each micro-batch's sum is divided, so that the parts add up to the loss of the step."
-    if average == "tokens": return [max(1.0, dist.all_reduce_sum([float(sum(b.trained for b in batches))], device)[0])] * len(batches)
+    if average == "tokens":
+        return [max(1.0, dist.all_reduce_sum([float(sum(b.trained for b in batches))], device)[0])] * len(
+            batches
+        )
     ranks = dist.all_reduce_sum([1.0], device)[0]
     return [max(1, b.trained) * len(batches) * ranks for b in batches]
 
-IDLE_BATCH = Batch(np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, bool), (1,))  # what a process computes while others have more pieces
+IDLE_BATCH = Batch(
+    np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, bool), (1,)
+)  # what a process computes while others have more pieces
 
 
 def even_batches(model: Transformer, batches: Sequence[Batch], limit: int | None) -> list[tuple[int, Batch]]:
-    "Number of its batch and piece, one after the other; equally many in all processes that share a model's rows."
+    "Number of its batch, and piece, in turn; equally many in all processes that share a model's rows."
     found = [(i, p) for i, b in enumerate(batches) for p in split_batch(b, limit or len(b.x))]
-    return dist.pad_to_longest(found, (0, IDLE_BATCH), model.norm.weight.device) if dist.is_fsdp(model) else found
+    return (
+        dist.pad_to_longest(found, (0, IDLE_BATCH), model.norm.weight.device)
+        if dist.is_fsdp(model)
+        else found
+    )
 
 
 class NotFiniteError(FloatingPointError):
@@ -61,7 +70,7 @@ def train_step(
     scaler: torch.amp.GradScaler | None = None,  # for float16
     limit: int | None = None,  # most tokens that pass through the model at once
 ) -> tuple[float, float]:
-    "One optimizer step; returns `(loss, gradient norm before clipping)`, both over all ranks; `FloatingPointError` before anything changes if one is not finite."
+    "One optimizer step: `(loss, gradient norm before clipping)` over all ranks; `NotFiniteError` before any change."
     optimizer.zero_grad(set_to_none=True)
     device, total = model.norm.weight.device, 0.0
     by = loss_divisors(batches, average, device)
@@ -70,20 +79,25 @@ def train_step(
         (scaler.scale(loss) if scaler else loss).backward()
         total = total + loss.detach()
     loss = dist.all_reduce_sum([float(total)], device)[0]
-    if not math.isfinite(loss): raise NotFiniteError(f"the loss is {loss}", loss, not math.isfinite(float(total)))
+    if not math.isfinite(loss):
+        raise NotFiniteError(f"the loss is {loss}", loss, not math.isfinite(float(total)))
     params = trainable_params(model).values()
     dist.all_reduce_grads(params)
     if scaler: scaler.unscale_(optimizer)
     norm = clip_gradients(params, max_norm)
-    if not scaler and not math.isfinite(norm): raise NotFiniteError(f"the gradients' norm is {norm}", loss, False)
+    if not scaler and not math.isfinite(norm):
+        raise NotFiniteError(f"the gradients' norm is {norm}", loss, False)
     if scaler: scaler.step(optimizer), scaler.update()
     else: optimizer.step()
     return loss, norm
 
 # %% ../../nbs/train/70_step.ipynb #mean-loss
 @torch.no_grad()
-def mean_loss(model: Transformer, batches: Iterator[Batch], limit: int | None = None, alive: Callable[[], None] = lambda: None) -> tuple[float, int]:
-    "`(mean loss, trained tokens)` over all batches of all ranks, without dropout; `alive` is called after each piece."
+def mean_loss(
+    model: Transformer, batches: Iterator[Batch], limit: int | None = None,
+    alive: Callable[[], None] = lambda: None,
+) -> tuple[float, int]:
+    "`(mean loss, trained tokens)` over all batches of all ranks, without dropout; `alive` after each piece."
     total, tokens = 0.0, 0
     model.eval()
     for _, piece in even_batches(model, list(batches), limit):

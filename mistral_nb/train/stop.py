@@ -26,7 +26,11 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, step: int, checkpoint: Path | None, why: str = "interrupt"):
         self.step, self.checkpoint, self.why = step, checkpoint, why
-        saved = f"saved {checkpoint}. Go on with resume=True (in YAML or on the command line: resume: true, resume=true)" if checkpoint else "nothing was saved, since no_ckpt is set"
+        saved = (
+            f"saved {checkpoint}. Go on with resume=True (in YAML or on the command line: resume: true, resume=true)"
+            if checkpoint
+            else "nothing was saved, since no_ckpt is set"
+        )
         super().__init__(f"Stopped by {why} after step {step}; {saved}.")
 
     def _render_traceback_(self) -> list[str]: return [str(self)]
@@ -42,7 +46,8 @@ class StopOnSignal:
 
     def __enter__(self) -> "StopOnSignal":
         if threading.current_thread() is threading.main_thread():
-            if not self.active: self.before.update({s: signal.signal(s, self._got) for s in (signal.SIGINT, signal.SIGTERM)})
+            if not self.active:
+                self.before.update({s: signal.signal(s, self._got) for s in (signal.SIGINT, signal.SIGTERM)})
             self.active.append(self)
         return self
 
@@ -63,7 +68,10 @@ class StopOnSignal:
         if self in self.active: self.active.remove(self)
         if self.active or threading.current_thread() is not threading.main_thread(): return
         self._put_back()
-        if kind is GeneratorExit and self.why: threading.Timer(0.05, os.kill, (os.getpid(), signal.Signals[self.why])).start()  # what is raised while a generator is closed would be lost
+        if kind is GeneratorExit and self.why:
+            threading.Timer(
+                0.05, os.kill, (os.getpid(), signal.Signals[self.why])
+            ).start()  # what is raised while a generator is closed would be lost
 
 # %% ../../nbs/train/63_stop.ipynb #asked
 OWNER_ENV = "MISTRAL_NB_OWNER"  # in the environment: the process without which a run does not go on
@@ -71,7 +79,7 @@ PARENT_PID = os.getppid()
 
 
 def process_id(pid: int) -> str | None:
-    "A living process's number and start time, `pid:ticks`; None if there is none. Where there is no /proc, the number alone."
+    "A living process's number and start time, `pid:ticks`, or None; without /proc the number alone."
     if Path("/proc/self/stat").exists():
         try: state, *values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except OSError: return None
@@ -112,13 +120,23 @@ def stop_requested(run_dir: str | Path) -> str | None:
 def is_in_collective(frame: FrameType | None) -> bool:
     "Whether a thread is inside PyTorch's communication, where it waits for others."
     names = [f.filename.replace(os.sep, "/") for f in traceback.extract_stack(frame)] if frame else []
-    return any(n.endswith("torch/distributed/distributed_c10d.py") or n.endswith("mistral_nb/train/dist.py") for n in names) or bool(names) and "torch/distributed/" in names[-1]
+    return (
+        any(
+            n.endswith("torch/distributed/distributed_c10d.py") or n.endswith("mistral_nb/train/dist.py")
+            for n in names
+        )
+        or bool(names)
+        and "torch/distributed/" in names[-1]
+    )
 
 # %% ../../nbs/train/63_stop.ipynb #watchdog
 class Watchdog:
-    "Inside this block, a process that does not say `alive` for `seconds` prints its stack and ends; `tell` gets what is printed."
+    "Inside this block, a process that does not say `alive` for `seconds` prints its stack, tells it, and ends."
 
-    def __init__(self, seconds: float, rank: int = 0, tell: Callable[[str], None] = lambda text: None, end: Callable[[int], None] = os._exit):
+    def __init__(
+        self, seconds: float, rank: int = 0, tell: Callable[[str], None] = lambda text: None,
+        end: Callable[[int], None] = os._exit,
+    ):
         self.seconds, self.rank, self.tell, self.end = seconds, rank, tell, end
         self.grace = min(60.0, seconds / 2)
         self.over, self.last, self.after = threading.Event(), time.monotonic(), "the start"
@@ -135,7 +153,8 @@ class Watchdog:
         self._arm(self.seconds + self.grace / 2)
 
     def _arm(self, seconds: float) -> None:
-        if sys.stderr is sys.__stderr__: faulthandler.dump_traceback_later(seconds, exit=True)  # a notebook's has no file
+        if sys.stderr is sys.__stderr__:
+            faulthandler.dump_traceback_later(seconds, exit=True)  # a notebook's has no file
 
     def _watch(self) -> None:
         while not self.over.wait(min(1.0, self.seconds / 4)):

@@ -65,14 +65,17 @@ def check_wandb(offline: bool) -> Any:
 
 
 class Wandb:
-    "Scalars and settings in a Weights & Biases project; wandb itself reads `WANDB_API_KEY` from the environment."
+    "Scalars and settings in a Weights & Biases project; wandb reads `WANDB_API_KEY` from the environment."
 
     def __init__(
-        self, run_dir: str | Path, project: str, settings: dict, run_name: str | None = None, offline: bool = False,
+        self, run_dir: str | Path, project: str, settings: dict, run_name: str | None = None,
+        offline: bool = False,
     ):
         mode = "offline" if offline else "online"
         wandb = check_wandb(offline)
-        self.run = wandb.init(project=project, name=run_name or None, dir=str(run_dir), config=settings, mode=mode)
+        self.run = wandb.init(
+            project=project, name=run_name or None, dir=str(run_dir), config=settings, mode=mode
+        )
 
     def log(self, record: StepLog | EvalLog) -> None: self.run.log(slashed(record), step=record.step)
 
@@ -82,7 +85,9 @@ class Wandb:
 class MLFlow:
     "Scalars and settings in an MLflow store."
 
-    def __init__(self, tracking_uri: str, experiment_name: str | None, settings: dict, run_name: str | None = None):
+    def __init__(
+        self, tracking_uri: str, experiment_name: str | None, settings: dict, run_name: str | None = None
+    ):
         self.mlflow = import_service("mlflow", "pip install mlflow-skinny")
         self.client = self.mlflow.MlflowClient(tracking_uri=tracking_uri)
         name = experiment_name or "mistral_nb"
@@ -92,7 +97,8 @@ class MLFlow:
         for key, value in flatten(settings).items(): self.client.log_param(self.run_id, key, value)
 
     def log(self, record: StepLog | EvalLog) -> None:
-        for name, value in scalars(record).items(): self.client.log_metric(self.run_id, name, value, step=record.step)
+        for name, value in scalars(record).items():
+            self.client.log_metric(self.run_id, name, value, step=record.step)
 
     def close(self) -> None: self.client.set_terminated(self.run_id)
 
@@ -103,7 +109,9 @@ ANSWER_SECONDS = 30.0  # seconds that a service may take to start, to take a rec
 class Service:
     "A sink that a thread talks to; one that fails or is silent costs at most `seconds`, and one sentence."
 
-    def __init__(self, name: str, make: Callable[[], Sink], on_error: str = "warn", seconds: float | None = None):
+    def __init__(
+        self, name: str, make: Callable[[], Sink], on_error: str = "warn", seconds: float | None = None
+    ):
         self.name, self.make, self.on_error = name, make, on_error
         self.seconds = ANSWER_SECONDS if seconds is None else seconds
         self.records: Queue = Queue()
@@ -138,13 +146,15 @@ class Service:
     def _give_up(self, why: str) -> None:
         if self.gone: return
         self.gone = why
-        if self.on_error == "warn": warnings.warn(f"{self.name} {why}; training goes on without it", stacklevel=3)
+        if self.on_error == "warn":
+            warnings.warn(f"{self.name} {why}; training goes on without it", stacklevel=3)
 
     def _look(self) -> None:
         "Notice what has happened in the thread"
         since = self.since
         if self.error: self._give_up(f"failed: {one_line(self.error, 120)}")
-        elif since and time.monotonic() - since > self.seconds: self._give_up(f"did not answer for {self.seconds:g} s")
+        elif since and time.monotonic() - since > self.seconds:
+            self._give_up(f"did not answer for {self.seconds:g} s")
 
     @property
     def why_stop(self) -> str | None:
