@@ -15,16 +15,22 @@ from typing import Callable
 import mistral_common
 
 LEXICON = 60_000  # words behind the function words: those of the vocabulary first, then invented ones
-NEW, UNICODE, NUMBER = 0.03, 0.02, 0.015  # share of running words that are brand-new, not plain English, or numbers
+NEW, UNICODE, NUMBER = (
+    0.03, 0.02, 0.015,
+)  # share of running words that are brand-new, not plain English, or numbers
 
-FUNCTION = list(dict.fromkeys("""the of and to in a is that for it as was with be by on not he his but at are this have from or had an they which
+FUNCTION = list(
+    dict.fromkeys(
+        """the of and to in a is that for it as was with be by on not he his but at are this have from or had an they which
 one you were her all she there would their we him been has when who will more no if out so said what up its about into than them can only other new
 some could time these two may then do first any my now such like our over man me even most made after also did many before must through back years
 where much your way well down should because each just those people how too little state good very make world still own see men work long get here
 between both life being under never day same another know while last might us great old year off come since against go came right used take three
 states himself few house use during without again place around however home small found thought went say part once general high upon school every
 until almost always began often together important since four side feet second enough took head above kind page need far began idea story whether
-several why let night watch seem really hard near start plan example answer question please thank yes""".split()))
+several why let night watch seem really hard near start plan example answer question please thank yes""".split()
+    )
+)
 
 SYLLABLES = """al am an ar as at ba bel ber bi bo bra cal can car cen cha che cli co col com con cor cro da de del den der di dis do dra el em en
 er es ex fa fer fi fin flo for fra ga gan ger gi gra har hel ho il im in ins jan ju ka ken la lan le lem len li lin lo lu ma man mar me mel men
@@ -49,17 +55,29 @@ def made_up(rng: random.Random, syllables: int) -> str:
 
 def vocabulary() -> list[str]:
     "The words of three letters and more that are a token of Mistral's tekken, most frequent first."
-    entries = json.loads((Path(mistral_common.__file__).parent / "data/tekken_240718.json").read_text())["vocab"]
+    entries = json.loads((Path(mistral_common.__file__).parent / "data/tekken_240718.json").read_text())[
+        "vocab"
+    ]
     found = (base64.b64decode(e["token_bytes"]) for e in entries)
-    return [b[1:].decode() for b in found if len(b) > 3 and b[:1] == b" " and b[1:].isalpha() and b[1:].islower() and b.isascii()]
+    return [
+        b[1:].decode()
+        for b in found
+        if len(b) > 3 and b[:1] == b" " and b[1:].isalpha() and b[1:].islower() and b.isascii()
+    ]
 
 
 @lru_cache(maxsize=None)
 def lexicon() -> tuple[list[str], list[float], frozenset[str]]:
-    "All words by rank, the running sum of their frequencies `1/rank`, and the words as a set; frequent words are the short ones."
+    """All words by rank, the running sum of their frequencies `1/rank`, and the words as a set; frequent
+    words are the short ones."""
     rng, words = random.Random(0), dict.fromkeys([*FUNCTION, *vocabulary()])
     while len(words) < len(FUNCTION) + LEXICON:
-        words[made_up(rng, 1 + (len(words) > 1_500 * (1 + rng.random())) + (len(words) > 40_000 * (1 + rng.random())))] = None
+        words[
+            made_up(
+                rng,
+                1 + (len(words) > 1_500 * (1 + rng.random())) + (len(words) > 40_000 * (1 + rng.random())),
+            )
+        ] = None
     return list(words), list(accumulate(1 / r for r in range(1, len(words) + 1))), frozenset(words)
 
 
@@ -87,12 +105,15 @@ def foreign(rng: random.Random) -> str:
     "A word with accents, in Chinese or Cyrillic letters, or an emoji."
     kind = rng.random()
     if kind < 0.55: return made_up(rng, 2).translate(ACCENTS)
-    if kind < 0.70: return "".join(chr(0x4E00 + int(0x2000 * rng.random() ** 2)) for _ in range(rng.randint(1, 4)))
+    if kind < 0.70:
+        return "".join(chr(0x4E00 + int(0x2000 * rng.random() ** 2)) for _ in range(rng.randint(1, 4)))
     if kind < 0.90: return "".join(rng.choices(CYRILLIC, k=rng.randint(3, 9)))
     return chr(0x1F600 + rng.randrange(80))
 
 
-def sprinkle(rng: random.Random, words: list[str], share: float, make: Callable[[random.Random], str]) -> None:
+def sprinkle(
+    rng: random.Random, words: list[str], share: float, make: Callable[[random.Random], str]
+) -> None:
     "Replace about `share` of the words by made ones."
     n, extra = divmod(len(words) * share, 1)
     for _ in range(int(n) + (rng.random() < extra)): words[int(rng.random() * len(words))] = make(rng)
@@ -116,7 +137,8 @@ def prose(rng: random.Random, words: int) -> str:
     known, cum, _ = lexicon()
     drawn = rng.choices(known, cum_weights=cum, k=max(1, words))
     drawn = [w for w, before in zip(drawn, ["", *drawn]) if w != before]
-    for share, make in ((NEW, new_word), (UNICODE, foreign), (NUMBER, number)): sprinkle(rng, drawn, share, make)
+    for share, make in ((NEW, new_word), (UNICODE, foreign), (NUMBER, number)):
+        sprinkle(rng, drawn, share, make)
     out, at, left, bullet = [], 0, rng.randint(2, 7), ""
     while at < len(drawn):
         size = 3 + int(rng.random() * 12 + rng.random() * 12)
@@ -161,7 +183,11 @@ def value(rng: random.Random, names: list[str]) -> str:
 def python_line(rng: random.Random, names: list[str]) -> tuple[str, int]:
     "A line of Python and how the next one is indented against it."
     a, b, kind = *rng.choices(names, k=2), int(rng.random() * 14)
-    if kind == 0: return f"def {a}({b}: {rng.choice(('int', 'str', 'list[float]', 'dict'))}, {word(rng)}={rng.randrange(10)}):", 1
+    if kind == 0:
+        return (
+            f"def {a}({b}: {rng.choice(('int', 'str', 'list[float]', 'dict'))}, {word(rng)}={rng.randrange(10)}):",
+            1,
+        )
     if kind == 1: return f"if {a} {rng.choice(('==', '<', 'not in', 'is not', '>='))} {value(rng, names)}:", 1
     if kind == 2: return f"for {a} in range({rng.randrange(1000)}):", 1
     if kind == 3: return f"with open({b}) as {a}:", 1
@@ -211,19 +237,31 @@ def answer(rng: random.Random) -> str:
     if rng.random() >= 0.25: return text
     script = rng.random() < 0.4
     block = f"```{'javascript' if script else 'python'}\n{code(rng, length(rng, 7, 0.7, 120), script)}\n```"
-    return f"{text}\n\n{block}" + (f"\n\n{prose(rng, length(rng, 20, 0.6, 200))}" if rng.random() < 0.6 else "")
+    return f"{text}\n\n{block}" + (
+        f"\n\n{prose(rng, length(rng, 20, 0.6, 200))}" if rng.random() < 0.6 else ""
+    )
 
 
 def chat(rng: random.Random) -> dict:
     "A conversation of one to six turns, three in ten with a system message."
-    messages = [{"role": "system", "content": prose(rng, length(rng, 20, 0.7, 300))}] if rng.random() < 0.3 else []
+    messages = (
+        [{"role": "system", "content": prose(rng, length(rng, 20, 0.7, 300))}] if rng.random() < 0.3 else []
+    )
     for _ in range(rng.choices(range(1, 7), weights=(34, 24, 16, 12, 8, 6))[0]):
-        messages += [{"role": "user", "content": prose(rng, length(rng, 12, 0.9, 800))}, {"role": "assistant", "content": answer(rng)}]
+        messages += [
+            {"role": "user", "content": prose(rng, length(rng, 12, 0.9, 800))},
+            {"role": "assistant", "content": answer(rng)},
+        ]
     return {"messages": messages}
 
 def short_chat(rng: random.Random) -> dict:
     "One question and one answer of about a dozen words each, for files of very many rows."
-    return {"messages": [{"role": "user", "content": prose(rng, rng.randint(5, 15))}, {"role": "assistant", "content": prose(rng, rng.randint(5, 20))}]}
+    return {
+        "messages": [
+            {"role": "user", "content": prose(rng, rng.randint(5, 15))},
+            {"role": "assistant", "content": prose(rng, rng.randint(5, 20))},
+        ]
+    }
 
 # ---- tools
 
@@ -240,9 +278,18 @@ def schema(rng: random.Random) -> dict:
 def tool(rng: random.Random) -> dict:
     "A function with two to five parameters."
     properties = {name(rng): schema(rng) for _ in range(rng.randint(2, 5))}
-    parameters = {"type": "object", "properties": properties, "required": list(properties)[: rng.randint(1, len(properties))]}
+    parameters = {
+        "type": "object", "properties": properties,
+        "required": list(properties)[: rng.randint(1, len(properties))],
+    }
     camel = rng.random() < 0.3
-    return {"type": "function", "function": {"name": name(rng, camel)[:64], "description": prose(rng, rng.randint(8, 25)), "parameters": parameters}}
+    return {
+        "type": "function",
+        "function": {
+            "name": name(rng, camel)[:64], "description": prose(rng, rng.randint(8, 25)),
+            "parameters": parameters,
+        },
+    }
 
 
 def datum(rng: random.Random, kind: str) -> object:
@@ -256,15 +303,29 @@ def datum(rng: random.Random, kind: str) -> object:
 
 def arguments(rng: random.Random, function: dict) -> str:
     "JSON text of a call that fits the function's schema."
-    wanted = {k: p for k, p in function["parameters"]["properties"].items() if k in function["parameters"]["required"] or rng.random() < 0.5}
-    return json.dumps({k: rng.choice(p["enum"]) if "enum" in p else datum(rng, p["type"]) for k, p in wanted.items()}, ensure_ascii=False)
+    wanted = {
+        k: p
+        for k, p in function["parameters"]["properties"].items()
+        if k in function["parameters"]["required"] or rng.random() < 0.5
+    }
+    return json.dumps(
+        {k: rng.choice(p["enum"]) if "enum" in p else datum(rng, p["type"]) for k, p in wanted.items()},
+        ensure_ascii=False,
+    )
 
 
 def result(rng: random.Random) -> str:
     "JSON text of what a tool gives back: an object, now and then with a list of objects."
-    kinds = {name(rng): rng.choice(("string", "string", "integer", "number", "boolean")) for _ in range(rng.randint(2, 5))}
+    kinds = {
+        name(rng): rng.choice(("string", "string", "integer", "number", "boolean"))
+        for _ in range(rng.randint(2, 5))
+    }
     item = lambda: {k: datum(rng, kind) for k, kind in kinds.items()}
-    out = {"results": [item() for _ in range(rng.randint(2, 4))], "total": rng.randrange(100)} if rng.random() < 0.25 else item()
+    out = (
+        {"results": [item() for _ in range(rng.randint(2, 4))], "total": rng.randrange(100)}
+        if rng.random() < 0.25
+        else item()
+    )
     return json.dumps(out, ensure_ascii=False)
 
 
@@ -273,10 +334,18 @@ def tool_round(rng: random.Random, functions: list[dict]) -> list[dict]:
     calls, results = [], []
     for _ in range(1 + (rng.random() < 0.12)):
         function, id = rng.choice(functions), "".join(rng.choices(string.ascii_letters + string.digits, k=9))
-        calls.append({"id": id, "type": "function", "function": {"name": function["name"], "arguments": arguments(rng, function)}})
+        calls.append(
+            {
+                "id": id, "type": "function",
+                "function": {"name": function["name"], "arguments": arguments(rng, function)},
+            }
+        )
         results.append({"role": "tool", "name": function["name"], "tool_call_id": id, "content": result(rng)})
     question = {"role": "user", "content": prose(rng, length(rng, 14, 0.6, 150))}
-    call, said = {"role": "assistant", "content": "", "tool_calls": calls}, {"role": "assistant", "content": prose(rng, length(rng, 28, 0.6, 300))}
+    call, said = (
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "assistant", "content": prose(rng, length(rng, 28, 0.6, 300))},
+    )
     return [question, call, *results, said]
 
 
@@ -284,7 +353,10 @@ def tool_chat(rng: random.Random) -> dict:
     "A conversation of four to eight rounds with two to six tools."
     tools = [tool(rng) for _ in range(rng.randint(2, 6))]
     functions = [t["function"] for t in tools]
-    return {"messages": [m for _ in range(rng.randint(4, 8)) for m in tool_round(rng, functions)], "tools": tools}
+    return {
+        "messages": [m for _ in range(rng.randint(4, 8)) for m in tool_round(rng, functions)],
+        "tools": tools,
+    }
 
 # ---- files
 
@@ -292,4 +364,5 @@ def tool_chat(rng: random.Random) -> dict:
 def write_lines(path: str | Path, make: Callable[[random.Random], dict], n: int, seed: int) -> None:
     "Write `n` rows as JSON lines; row `i` depends on `seed` and `i` only."
     with open(path, "w", encoding="utf-8") as f:
-        for i in range(n): f.write(json.dumps(make(random.Random((seed << 32) + i)), ensure_ascii=False) + "\n")
+        for i in range(n):
+            f.write(json.dumps(make(random.Random((seed << 32) + i)), ensure_ascii=False) + "\n")

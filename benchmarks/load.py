@@ -1,4 +1,5 @@
-"""Loading a model from disk: seconds beside a bare read of the same files, and the memory of the process, for each storage of the matrices."""
+"""Loading a model from disk: seconds beside a bare read of the same files, and the memory of the process,
+for each storage of the matrices."""
 import argparse
 import json
 import os
@@ -10,7 +11,10 @@ from pathlib import Path
 from threading import Event, Thread
 
 KINDS = ("none", "int8", "fp8", "nf4")
-SHAPE = dict(dim=4096, n_layers=32, head_dim=128, hidden_dim=14336, n_heads=32, n_kv_heads=8, norm_eps=1e-5, vocab_size=32768, rope_theta=1e6)
+SHAPE = dict(
+    dim=4096, n_layers=32, head_dim=128, hidden_dim=14336, n_heads=32, n_kv_heads=8, norm_eps=1e-5,
+    vocab_size=32768, rope_theta=1e6,
+)
 TINY = dict(dim=128, head_dim=32, hidden_dim=256, n_heads=4, n_kv_heads=2, vocab_size=1000)
 
 
@@ -24,11 +28,16 @@ def make(folder: Path, layers: int, tiny: bool) -> int:
     folder.mkdir(parents=True)
     (folder / "params.json").write_text(json.dumps(to_params(args)))
     with torch.device("meta"): shapes = {n: p.shape for n, p in Transformer(args).named_parameters()}
-    pool = torch.randn(1 << 24).mul_(0.02).bfloat16()  # one stretch of noise, repeated: only its size matters here
+    pool = (
+        torch.randn(1 << 24).mul_(0.02).bfloat16()
+    )  # one stretch of noise, repeated: only its size matters here
     group = lambda name: name.split(".")[1] if name.startswith("layers.") else "rest"
     for i, key in enumerate(sorted({group(n) for n in shapes})):
         fill = lambda s: pool.repeat(-(-s.numel() // len(pool)))[: s.numel()].view(s)
-        save_file({n: fill(s) for n, s in shapes.items() if group(n) == key}, folder / f"consolidated.{i:02}.safetensors")
+        save_file(
+            {n: fill(s) for n, s in shapes.items() if group(n) == key},
+            folder / f"consolidated.{i:02}.safetensors",
+        )
     return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 
 
@@ -51,7 +60,11 @@ def bare(folder: Path) -> float:
 
 def own_memory() -> int:
     "Bytes of this process that are not a mapped file's."
-    return sum(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return sum(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("RssAnon")
+    )
 
 
 def load(folder: Path, kind: str, device: str) -> dict:
@@ -67,11 +80,17 @@ def load(folder: Path, kind: str, device: str) -> dict:
     thread.start()
     began = time.perf_counter()
     model = load_model(folder, device=device, quantize=kind)
-    if device == "cpu" and kind == "none": sum(p.view(torch.uint8).flatten()[::4096].sum() for p in model.parameters())  # touch every page of the file
+    if device == "cpu" and kind == "none":
+        sum(
+            p.view(torch.uint8).flatten()[::4096].sum() for p in model.parameters()
+        )  # touch every page of the file
     seconds = time.perf_counter() - began
     done.set()
     thread.join()
-    return dict(seconds=seconds, peak=peak[0] - start, model=sum(p.numel() * p.element_size() for p in model.parameters()))
+    return dict(
+        seconds=seconds, peak=peak[0] - start,
+        model=sum(p.numel() * p.element_size() for p in model.parameters()),
+    )
 
 
 def main() -> None:
@@ -80,7 +99,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32, help="of a 7B shape; 32 need 15 GB on disk")
     parser.add_argument("--kinds", nargs="*", default=KINDS, choices=KINDS)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--folder", default=None, help="where to make the model; a temporary folder by default")
+    parser.add_argument(
+        "--folder", default=None, help="where to make the model; a temporary folder by default"
+    )
     parser.add_argument("--tiny", action="store_true", help="a quick smoke run")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -95,9 +116,22 @@ def main() -> None:
         for kind in options.kinds:
             forget(folder)
             command = [sys.executable, __file__, "--one", str(folder), kind, "--device", options.device]
-            r = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-            rows.append([f"{kind} on {options.device}", round(r["seconds"], 1), round(size / 1e9 / r["seconds"], 2), round(r["model"] / 2**30, 2), round(r["peak"] / 2**30, 2)])
-        print(Table(["way", "seconds", "GB/s of the file", "model GiB", "own peak GiB"], rows, title=f"{size / 1e9:.1f} GB of bf16 weights"))
+            r = json.loads(
+                subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+            )
+            rows.append(
+                [
+                    f"{kind} on {options.device}", round(r["seconds"], 1),
+                    round(size / 1e9 / r["seconds"], 2), round(r["model"] / 2**30, 2),
+                    round(r["peak"] / 2**30, 2),
+                ]
+            )
+        print(
+            Table(
+                ["way", "seconds", "GB/s of the file", "model GiB", "own peak GiB"], rows,
+                title=f"{size / 1e9:.1f} GB of bf16 weights",
+            )
+        )
 
 
 if __name__ == "__main__": main()

@@ -1,4 +1,5 @@
-"""Several processes on this machine: memory of each while it loads a divided model, bytes that a step sends beside the theory, and how long training waits for a checkpoint."""
+"""Several processes on this machine: memory of each while it loads a divided model, bytes that a step
+sends beside the theory, and how long training waits for a checkpoint."""
 import argparse
 import json
 import os
@@ -11,7 +12,10 @@ from threading import Event, Thread
 
 from load import forget, make
 
-TRAIN = dict(dim=512, n_layers=4, head_dim=64, hidden_dim=1408, n_heads=8, n_kv_heads=2, norm_eps=1e-5, vocab_size=32768)
+TRAIN = dict(
+    dim=512, n_layers=4, head_dim=64, hidden_dim=1408, n_heads=8, n_kv_heads=2, norm_eps=1e-5,
+    vocab_size=32768,
+)
 
 WORK = 300  # MiB in which rows are read and packed, whatever the number of processes
 
@@ -19,7 +23,10 @@ WORK = 300  # MiB in which rows are read and packed, whatever the number of proc
 def memory() -> tuple[int, int]:
     "Bytes of this process: its own, and those of mapped files that it has touched."
     lines = Path("/proc/self/status").read_text().splitlines()
-    return tuple(sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind)) for kind in ("RssAnon", "RssFile"))
+    return tuple(
+        sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
+        for kind in ("RssAnon", "RssFile")
+    )
 
 
 def load(folder: Path, kind: str) -> dict:
@@ -41,34 +48,50 @@ def load(folder: Path, kind: str) -> dict:
     seconds = time.perf_counter() - began
     done.set()
     thread.join()
-    out = dist.all_gather_object(dict(held=sum(local_rows(p.detach()).nbytes for p in model.parameters()), own=peak[0] - start[0], mapped=peak[1] - start[1], seconds=seconds))
+    out = dist.all_gather_object(
+        dict(
+            held=sum(local_rows(p.detach()).nbytes for p in model.parameters()), own=peak[0] - start[0],
+            mapped=peak[1] - start[1], seconds=seconds,
+        )
+    )
     dist.leave_group()
     return out if ranks.main else []
 
 
 def counting(found: dict[str, int]):
-    "A context in which the bytes of every collective of this process are added up by kind, as long as all rows of it."
+    """A context in which the bytes of every collective of this process are added up by kind, as long as
+    all rows of it."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
-    where = {"_allgather_base_": 0, "_reduce_scatter_base_": 1, "allreduce_": 0}  # which argument has all rows
+    where = {
+        "_allgather_base_": 0, "_reduce_scatter_base_": 1, "allreduce_": 0,
+    }  # which argument has all rows
 
     class Counting(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             name = func.__name__.partition(".")[0]
             if func.namespace == "c10d" and name in where:
                 some = args[where[name]]
-                found[name] = found.get(name, 0) + sum(t.nbytes for t in (some if isinstance(some, (list, tuple)) else [some]) if isinstance(t, torch.Tensor))
+                found[name] = found.get(name, 0) + sum(
+                    t.nbytes
+                    for t in (some if isinstance(some, (list, tuple)) else [some])
+                    if isinstance(t, torch.Tensor)
+                )
             return func(*args, **(kwargs or {}))
     return Counting()
 
 
 def theory(job, pieces: int) -> dict[str, int]:
-    "Bytes of one step: the adapter's gradients once; for each piece of a divided model every layer and both tables, forward and backward (PyTorch fetches the embedding for the backward pass too, which does not need it)."
+    """Bytes of one step: the adapter's gradients once; for each piece of a divided model every layer and
+    both tables, forward and backward (PyTorch fetches the embedding for the backward pass too, which
+    does not need it)."""
     from mistral_nb.model.args import linear_shapes
     from mistral_nb.train.memory import n_trained
     a = job.model
     rows = sum(n * i * o for n, i, o in linear_shapes(a).values()) + 2 * a.vocab_size * a.dim
-    return {"allreduce_": 4 * n_trained(job)} | ({"_allgather_base_": pieces * 2 * rows * job.size} if job.shares > 1 else {})
+    return {"allreduce_": 4 * n_trained(job)} | (
+        {"_allgather_base_": pieces * 2 * rows * job.size} if job.shares > 1 else {}
+    )
 
 
 def steps(folder: Path, placement: str, rank: int) -> dict:
@@ -76,7 +99,10 @@ def steps(folder: Path, placement: str, rank: int) -> dict:
     from mistral_nb.demo import demo_settings
     from mistral_nb.train import dist, loop
     from mistral_nb.train.loop import Trainer
-    settings = demo_settings(folder, folder / f"{placement}.{os.environ['WORLD_SIZE']}", max_steps=100, seq_len=512, device="cpu", placement=placement, lora=dict(rank=rank), no_eval=True)
+    settings = demo_settings(
+        folder, folder / f"{placement}.{os.environ['WORLD_SIZE']}", max_steps=100, seq_len=512,
+        device="cpu", placement=placement, lora=dict(rank=rank), no_eval=True,
+    )
     t = Trainer(settings)
     counted: dict[str, int] = {}
     with counting(counted): t.one_step()
@@ -89,7 +115,11 @@ def steps(folder: Path, placement: str, rank: int) -> dict:
         t.run.writer.join()
         whole.append(time.perf_counter() - began)
         t.one_step()
-    files = sum(f.stat().st_size for f in t.run.writer.newest.rglob("*") if f.is_file()) if t.run.writer.newest else 0
+    files = (
+        sum(f.stat().st_size for f in t.run.writer.newest.rglob("*") if f.is_file())
+        if t.run.writer.newest
+        else 0
+    )
     out = dict(counted=counted, theory=theory(t.plan.job, 1), waits=min(waits), whole=min(whole), bytes=files)
     dist.leave_group()
     return out if t.ranks.main else {}
@@ -97,8 +127,14 @@ def steps(folder: Path, placement: str, rank: int) -> dict:
 
 def launched(n: int, *what: str) -> dict | list:
     "What rank 0 of `n` processes found"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", __file__, "--rank", *what]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"})
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", __file__,
+        "--rank", *what,
+    ]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
+    )
     if done.returncode: raise SystemExit(f"{what} failed on {n} processes")
     return json.loads(done.stdout.rpartition("found ")[2])
 
@@ -106,11 +142,17 @@ def launched(n: int, *what: str) -> dict | list:
 def main() -> None:
     "Measure and print the tables."
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=8, help="of a 7B shape that is loaded: 8 take 4 GB on disk")
+    parser.add_argument(
+        "--layers", type=int, default=8, help="of a 7B shape that is loaded: 8 take 4 GB on disk"
+    )
     parser.add_argument("--processes", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--kinds", nargs="*", default=["none", "nf4"])
-    parser.add_argument("--adapter", type=int, default=256, help="rank of the adapter whose checkpoint is written")
-    parser.add_argument("--folder", default=None, help="where to make the model; a temporary folder by default")
+    parser.add_argument(
+        "--adapter", type=int, default=256, help="rank of the adapter whose checkpoint is written"
+    )
+    parser.add_argument(
+        "--folder", default=None, help="where to make the model; a temporary folder by default"
+    )
     parser.add_argument("--tiny", action="store_true", help="a quick smoke run")
     parser.add_argument("--rank", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -130,10 +172,20 @@ def main() -> None:
                 forget(folder)
                 ranks = launched(n, "load", str(folder), kind)
                 worst = {k: max(r[k] for r in ranks) for k in ranks[0]}
-                rows.append([kind, n, mib(worst["held"]), mib(worst["own"]), mib(worst["mapped"]), round(worst["seconds"], 1)])
+                rows.append(
+                    [
+                        kind, n, mib(worst["held"]), mib(worst["own"]), mib(worst["mapped"]),
+                        round(worst["seconds"], 1),
+                    ]
+                )
             first, last = rows[-len(options.processes)], rows[-1]  # kind, processes, held, own
             ok &= options.tiny or last[2] < 1.01 * first[2] * first[1] / last[1] and last[3] < last[2] + WORK
-        print(Table(["matrices", "processes", "held MiB", "own peak MiB", "of the file MiB", "seconds"], rows, title=f"loading {size / 1e9:.2f} GB of bf16 weights, the largest of all ranks"))
+        print(
+            Table(
+                ["matrices", "processes", "held MiB", "own peak MiB", "of the file MiB", "seconds"], rows,
+                title=f"loading {size / 1e9:.2f} GB of bf16 weights, the largest of all ranks",
+            )
+        )
         work, rows = Path(name) / "run", []
         prepare(work, options.tiny)
         for n in options.processes[1:]:
@@ -141,10 +193,21 @@ def main() -> None:
                 r = launched(n, "steps", str(work), placement, "8" if options.tiny else str(options.adapter))
                 for kind, wanted in r["theory"].items():
                     counted = r["counted"].get(kind, 0)
-                    rows.append([f"{placement} on {n}", kind, mib(counted), mib(wanted), round(counted / wanted, 4)])
+                    rows.append(
+                        [f"{placement} on {n}", kind, mib(counted), mib(wanted), round(counted / wanted, 4)]
+                    )
                     ok &= 0.999 < counted / wanted < 1.001
-        print("\n", Table(["placement", "collective", "MiB in a step", "theory", "ratio"], rows, title="bytes that are put together or added up in a step"), sep="")
-        print(f"\na checkpoint of {r['bytes'] / 2**20:,.0f} MiB: training waits {r['waits']:.2f} s, it is on the disk after {r['whole']:.2f} s ({r['bytes'] / 2**30 / r['waits']:.1f} GiB copied per second of waiting)")
+        print(
+            "\n",
+            Table(
+                ["placement", "collective", "MiB in a step", "theory", "ratio"], rows,
+                title="bytes that are put together or added up in a step",
+            ),
+            sep="",
+        )
+        print(
+            f"\na checkpoint of {r['bytes'] / 2**20:,.0f} MiB: training waits {r['waits']:.2f} s, it is on the disk after {r['whole']:.2f} s ({r['bytes'] / 2**30 / r['waits']:.1f} GiB copied per second of waiting)"
+        )
     if not ok: raise SystemExit("missed: memory falls as 1 / processes, bytes are what theory says")
 
 
@@ -152,7 +215,13 @@ def prepare(folder: Path, tiny: bool) -> None:
     "A model to train, and data"
     from mistral_nb.demo import make_data, make_model
     from mistral_nb.model.args import ModelArgs
-    make_model(folder / "model", 0, ModelArgs(**(TRAIN | (dict(dim=64, head_dim=16, hidden_dim=128, n_heads=4, n_layers=2) if tiny else {}))))
+    make_model(
+        folder / "model",
+        0,
+        ModelArgs(
+            **(TRAIN | (dict(dim=64, head_dim=16, hidden_dim=128, n_heads=4, n_layers=2) if tiny else {}))
+        ),
+    )
     make_data(folder / "data")
 
 

@@ -1,4 +1,5 @@
-"""One LoRA training step on a CPU: this package, an earlier commit of it, and Hugging Face transformers with peft; same model, documents and optimizer."""
+"""One LoRA training step on a CPU: this package, an earlier commit of it, and Hugging Face transformers
+with peft; same model, documents and optimizer."""
 import argparse
 import gc
 import io
@@ -19,9 +20,15 @@ import numpy as np
 
 RANK, SCALING, LR, DECAY, MAX_NORM = 16, 2.0, 1e-4, 0.1, 1.0
 WANTED_PADDED, WANTED_PACKED, WANTED_MEMORY, MEMORY_STEPS = 3.0, 1.5, 0.5, 3
-SHAPE = dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, head_dim=64, intermediate_size=1792,
-             vocab_size=32768, model_type="mistral", rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None, tie_word_embeddings=False)
-TINY = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=16, intermediate_size=128, vocab_size=1024)
+SHAPE = dict(
+    hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
+    intermediate_size=1792, vocab_size=32768, model_type="mistral", rms_norm_eps=1e-5, rope_theta=1e6,
+    sliding_window=None, tie_word_embeddings=False,
+)
+TINY = dict(
+    hidden_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=16, intermediate_size=128,
+    vocab_size=1024,
+)
 ENV = dict(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore",
            HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
 MIXTURE = dict(model_type="mixtral", num_local_experts=8, num_experts_per_tok=2, intermediate_size=512)
@@ -36,7 +43,8 @@ def config(tiny: bool, moe: bool = False) -> dict:
 
 
 def make_batch(docs: int, vocab: int, seed: int = 0):
-    "About 150 tokens a document, of unequal lengths, in one packed row; a prompt of 30 to 70 % of each is not trained."
+    """About 150 tokens a document, of unequal lengths, in one packed row; a prompt of 30 to 70 % of each
+    is not trained."""
     from mistral_nb.data import pack, tokens
     rng = np.random.RandomState(seed)
     raw = rng.lognormal(0, 0.8, docs)
@@ -82,10 +90,14 @@ def hf_model(folder: Path):
     from transformers import MistralForCausalLM
     model = MistralForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     targets = [name.split(".")[1] for name in HF_LAYERS.values()]
-    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK * SCALING, lora_dropout=0.0, target_modules=targets)).train()
+    model = get_peft_model(
+        model, LoraConfig(r=RANK, lora_alpha=RANK * SCALING, lora_dropout=0.0, target_modules=targets)
+    ).train()
     params = dict(model.named_parameters())
     with torch.no_grad():
-        for name, value in load_file(folder / "start.safetensors").items():  # layers.0.attention.wq.lora_A.weight
+        for name, value in load_file(
+            folder / "start.safetensors"
+        ).items():  # layers.0.attention.wq.lora_A.weight
             _, i, _, layer, part, _ = name.split(".")
             params[f"base_model.model.model.layers.{i}.{HF_LAYERS[layer]}.{part}.default.weight"].copy_(value)
     return model
@@ -96,7 +108,9 @@ def packed_inputs(batch) -> dict:
     import torch
     from mistral_nb.model.attention import packed_mask
     x, y, mask = map(torch.from_numpy, (batch.x, batch.y, batch.mask))
-    dense = torch.zeros(1, 1, len(x), len(x)).masked_fill_(~packed_mask(batch.seqlens), torch.finfo(torch.float32).min)
+    dense = torch.zeros(1, 1, len(x), len(x)).masked_fill_(
+        ~packed_mask(batch.seqlens), torch.finfo(torch.float32).min
+    )
     labels = y.masked_fill(~mask, -100)[None]
     at = torch.cat([torch.arange(n) for n in batch.seqlens])[None]
     return dict(input_ids=x[None], position_ids=at, attention_mask=dense, labels=labels, shift_labels=labels)
@@ -107,9 +121,13 @@ def padded_inputs(batch) -> dict:
     import torch
     from torch.nn.utils.rnn import pad_sequence
     x, y, mask = map(torch.from_numpy, (batch.x, batch.y, batch.mask))
-    rows = lambda t, pad: pad_sequence(list(t.split(list(batch.seqlens))), batch_first=True, padding_value=pad)
+    rows = lambda t, pad: pad_sequence(
+        list(t.split(list(batch.seqlens))), batch_first=True, padding_value=pad
+    )
     labels = rows(y.masked_fill(~mask, -100), -100)
-    return dict(input_ids=rows(x, 0), attention_mask=rows(torch.ones_like(x), 0), labels=labels, shift_labels=labels)
+    return dict(
+        input_ids=rows(x, 0), attention_mask=rows(torch.ones_like(x), 0), labels=labels, shift_labels=labels
+    )
 
 
 def build_peer(folder: Path, inputs: dict) -> tuple[object, Step]:
@@ -210,7 +228,9 @@ def env_of(tree: Path) -> dict[str, str]:
 def build_earlier(tree: Path, folder: Path, options: argparse.Namespace) -> Callable[[], tuple[float, float]]:
     "The step of the files in `tree`, in a process of its own that does one when it is asked."
     command = [sys.executable, "-c", SERVE, str(folder), str(options.docs), str(options.tiny)]
-    served = subprocess.Popen(command, env=env_of(tree), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    served = subprocess.Popen(
+        command, env=env_of(tree), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
     def step() -> tuple[float, float]:
         print(file=served.stdin, flush=True)
@@ -228,14 +248,18 @@ def child(part: str, folder: Path, options: argparse.Namespace) -> dict:
     tree = folder / "earlier" if part == EARLIER else Path(__file__).resolve().parents[1]
     if part == EARLIER: part = "ours, packed"
     else: passed += ["--against", options.against] * bool(options.against) + ["--moe"] * options.moe
-    command = [sys.executable, str(tree / "benchmarks/step.py"), "--part", part, "--folder", str(folder), *passed]
+    command = [
+        sys.executable, str(tree / "benchmarks/step.py"), "--part", part, "--folder", str(folder),
+        *passed,
+    ]
     done = subprocess.run(command, env=env_of(tree), check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def run_part(options: argparse.Namespace, peers: bool) -> dict:
     "The work of a child process."
-    if options.part == "make": return make_folder(options.folder, config(options.tiny, options.moe), peers) or {}
+    if options.part == "make":
+        return make_folder(options.folder, config(options.tiny, options.moe), peers) or {}
     batch = make_batch(options.docs, config(options.tiny)["vocab_size"])
     if options.part != "time": return memory(options.part, options.folder, batch)
     import torch
@@ -257,15 +281,26 @@ def report(variants: list[str], batch, used: dict, timed: dict) -> tuple[float, 
     rows = []
     for v in variants:
         share = round(extra[v] / extra["HF, packed"], 2) if "HF, packed" in extra else "-"
-        rows.append([v, real, round(cost[v], 2), int(real / cost[v]), times("HF, padded", v), times("HF, packed", v),
-                     int(extra[v]), share, int(used[v]["peak"]), f"{first[v]:.6f}"])
-    head = "variant,tokens,CPU s/step,tokens/CPU s,x HF padded,x HF packed,extra MiB,of HF packed,peak MiB,first loss".split(",")
+        rows.append(
+            [
+                v, real, round(cost[v], 2), int(real / cost[v]), times("HF, padded", v),
+                times("HF, packed", v), int(extra[v]), share, int(used[v]["peak"]), f"{first[v]:.6f}",
+            ]
+        )
+    head = "variant,tokens,CPU s/step,tokens/CPU s,x HF padded,x HF packed,extra MiB,of HF packed,peak MiB,first loss".split(
+        ","
+    )
     print(Table(head, rows))
     if "HF, packed" not in variants: return 0.0, 0.0, 0.0
-    apart = max(abs(a - b) for v in variants for a, b in zip(timed["losses"][v], timed["losses"][variants[0]]))
+    apart = max(
+        abs(a - b) for v in variants for a, b in zip(timed["losses"][v], timed["losses"][variants[0]])
+    )
     print(f"\nlosses of all {len(timed['losses'][v])} steps differ by at most {apart:.1e}")
     assert max(first.values()) - min(first.values()) <= 1e-5, f"the first losses differ: {first}"
-    return cost["HF, padded"] / cost["ours, packed"], cost["HF, packed"] / cost["ours, packed"], extra["ours, packed"] / extra["HF, packed"]
+    return (
+        cost["HF, padded"] / cost["ours, packed"], cost["HF, packed"] / cost["ours, packed"],
+        extra["ours, packed"] / extra["HF, packed"],
+    )
 
 
 def main() -> int:
@@ -274,19 +309,26 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each variant")
     parser.add_argument("--docs", type=int, default=10, help="documents, about 150 tokens each")
     parser.add_argument("--tiny", action="store_true", help="a quick smoke run; its ratios are not judged")
-    parser.add_argument("--moe", action="store_true", help="a mixture of 8 experts of which 2 compute; without peers")
-    parser.add_argument("--against", metavar="COMMIT", help="an earlier commit to measure beside this one, for example HEAD~1")
+    parser.add_argument(
+        "--moe", action="store_true", help="a mixture of 8 experts of which 2 compute; without peers"
+    )
+    parser.add_argument(
+        "--against", metavar="COMMIT", help="an earlier commit to measure beside this one, for example HEAD~1"
+    )
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     peers = not options.moe and all(find_spec(name) for name in ("transformers", "peft"))
     if options.part: return print(json.dumps(run_part(options, peers))) or 0
-    if not (peers or options.moe): print("transformers or peft is not installed: only this package is measured\n")
+    if not (peers or options.moe):
+        print("transformers or peft is not installed: only this package is measured\n")
     variants = [v for v in BUILD if peers or not v.startswith("HF")] + [EARLIER] * bool(options.against)
     batch = make_batch(options.docs, config(options.tiny)["vocab_size"])
     longest = max(batch.seqlens)
-    print(f"{len(batch.seqlens)} documents of {min(batch.seqlens)} to {longest} tokens, {len(batch.x)} in all, {batch.trained} trained; "
-          f"padded {longest * len(batch.seqlens)}; float32, one thread, {options.steps} steps\n")
+    print(
+        f"{len(batch.seqlens)} documents of {min(batch.seqlens)} to {longest} tokens, {len(batch.x)} in all, {batch.trained} trained; "
+        f"padded {longest * len(batch.seqlens)}; float32, one thread, {options.steps} steps\n"
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         child("make", folder, options)
@@ -298,7 +340,9 @@ def main() -> int:
     print(f"speed ratio to HF padded: {padded:.2f} (wanted >= {WANTED_PADDED})")
     print(f"speed ratio to HF packed: {packed:.2f} (wanted >= {WANTED_PACKED})")
     print(f"memory ratio to HF packed: {share:.2f} (wanted <= {WANTED_MEMORY})")
-    return int(not options.tiny and (padded < WANTED_PADDED or packed < WANTED_PACKED or share > WANTED_MEMORY))
+    return int(
+        not options.tiny and (padded < WANTED_PADDED or packed < WANTED_PACKED or share > WANTED_MEMORY)
+    )
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -1,4 +1,5 @@
-"A run in which one rank fails on purpose: `torchrun faults.py KIND STEP config.yaml`; rank 1 fails in that step, in the first attempt only."
+"""A run in which one rank fails on purpose: `torchrun faults.py KIND STEP config.yaml`; rank 1 fails in
+that step, in the first attempt only."""
 import os
 import re
 import signal
@@ -13,7 +14,9 @@ KINDS = {
     "hangs": lambda: time.sleep(600),
     "hangs natively": lambda: re.fullmatch("(a+)+", "a" * 60 + "b"),  # never lets another thread run
     "dies": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "memory": lambda: (_ for _ in ()).throw(loop.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has ...")),
+    "memory": lambda: (_ for _ in ()).throw(
+        loop.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has ...")
+    ),
 }
 
 

@@ -62,8 +62,10 @@ def chunks(row: dict) -> list[dict]:
     return [to_row(s) for s in conversation_prefixes(parse_chat(row))] if kind_of(row) == "instruct" else []
 
 
-def batches(*, instruct_data="", data="", eval_instruct_data="", shuffle=False, instruct_shuffle=True, chunk=True,
-            version, seq_len, batch_size, rank, world_size, seed, is_eval) -> Iterator[tuple]:
+def batches(
+    *, instruct_data="", data="", eval_instruct_data="", shuffle=False, instruct_shuffle=True, chunk=True,
+    version, seq_len, batch_size, rank, world_size, seed, is_eval,
+) -> Iterator[tuple]:
     "`(x, y, mask, seqlens)` in mistral-finetune's order"
     tok = tokenizer(version)
     if is_eval:
@@ -71,7 +73,9 @@ def batches(*, instruct_data="", data="", eval_instruct_data="", shuffle=False, 
         out = eval_batches(found, seq_len, batch_size, "mistral", rank, world_size)
     else:
         found = [tokenize_source(s, tok, chunk) for s in parse_run_sources(data, instruct_data)]
-        out = train_batches(found, seq_len, batch_size, "mistral", seed, rank, world_size, instruct_shuffle, shuffle)
+        out = train_batches(
+            found, seq_len, batch_size, "mistral", seed, rank, world_size, instruct_shuffle, shuffle
+        )
     for b in out: yield b.x, b.y, b.mask, list(b.seqlens)
 
 
@@ -94,7 +98,8 @@ def convert(path: str, kind: str) -> tuple[list[dict], list[int]]:
 
 
 def model_with(folder, lora_file, rank, scaling, dtype=None) -> Transformer:
-    "The model of `folder`, with the adapter of `lora_file` if there is one; its tensors are right at `scaling`"
+    """The model of `folder`, with the adapter of `lora_file` if there is one; its tensors are right at
+    `scaling`"""
     model = load_model(folder, dtype)
     if rank:
         add_adapters(model, rank, scaling)
@@ -105,16 +110,22 @@ def model_with(folder, lora_file, rank, scaling, dtype=None) -> Transformer:
 
 def as_batch(x, y, mask, seqlens) -> Batch:
     flat = lambda a, dtype: np.asarray(a).reshape(-1).astype(dtype)
-    return Batch(flat(x, np.int64), flat(y, np.int64), flat(mask if mask is not None else np.ones_like(y), bool), tuple(int(n) for n in seqlens))
+    return Batch(
+        flat(x, np.int64), flat(y, np.int64), flat(mask if mask is not None else np.ones_like(y), bool),
+        tuple(int(n) for n in seqlens),
+    )
 
 
 def forward(folder, lora_file, x, seqlens, rank, scaling) -> torch.Tensor:
     "Float32 logits of a packed row; without `lora_file` those of the base model"
     model = model_with(folder, lora_file, rank if lora_file else 0, scaling)
-    with torch.no_grad(): return model(torch.as_tensor(np.asarray(x)).reshape(-1).long(), [int(n) for n in seqlens])
+    with torch.no_grad():
+        return model(torch.as_tensor(np.asarray(x)).reshape(-1).long(), [int(n) for n in seqlens])
 
 
-def loss_and_grads(folder, lora_file, x, y, mask, seqlens, rank, scaling) -> tuple[float, dict[str, torch.Tensor]]:
+def loss_and_grads(
+    folder, lora_file, x, y, mask, seqlens, rank, scaling
+) -> tuple[float, dict[str, torch.Tensor]]:
     "Mean loss over the trained tokens and the gradient of each adapter tensor"
     model = model_with(folder, lora_file, rank, scaling)
     batch = as_batch(x, y, mask, seqlens)
@@ -123,21 +134,31 @@ def loss_and_grads(folder, lora_file, x, y, mask, seqlens, rank, scaling) -> tup
     return loss.item(), {n: p.grad for n, p in trainable_params(model).items()}
 
 
-def train(folder, lora_file, batches, *, steps, micro, lr, pct_start, weight_decay, max_norm, rank, scaling, dtype,
-          average="microbatches", cycle_momentum=True) -> tuple[list[float], dict[str, torch.Tensor]]:
-    "Losses of `steps` optimizer steps and the adapter after them, averaged and scheduled as mistral-finetune does"
+def train(
+    folder, lora_file, batches, *, steps, micro, lr, pct_start, weight_decay, max_norm, rank, scaling,
+    dtype, average="microbatches", cycle_momentum=True,
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of `steps` optimizer steps and the adapter after them, averaged and scheduled as
+    mistral-finetune does"""
     model = model_with(folder, lora_file, rank, scaling, getattr(torch, str(dtype).removeprefix("torch.")))
     optimizer, losses, rows = adamw(trainable_params(model).values(), lr, weight_decay), [], iter(batches)
     for step in range(steps):
-        set_lr(optimizer, lr_at(step, steps, lr, pct_start), beta1_at(step, steps, pct_start) if cycle_momentum else 0.9)
-        losses.append(train_step(model, [as_batch(*next(rows)) for _ in range(micro)], optimizer, max_norm, average)[0])
+        set_lr(
+            optimizer, lr_at(step, steps, lr, pct_start),
+            beta1_at(step, steps, pct_start) if cycle_momentum else 0.9,
+        )
+        losses.append(
+            train_step(model, [as_batch(*next(rows)) for _ in range(micro)], optimizer, max_norm, average)[0]
+        )
     return losses, {n: p.detach() for n, p in trainable_params(model).items()}
 
 
 def merge(folder, lora_file, scaling, dtype) -> dict[str, torch.Tensor]:
     "All weights with the adapter added"
     rank = next(t.shape[0] for n, t in load_file(lora_file).items() if "lora_A" in n)
-    return merged_state(model_with(folder, lora_file, rank, scaling), getattr(torch, str(dtype).removeprefix("torch.")))
+    return merged_state(
+        model_with(folder, lora_file, rank, scaling), getattr(torch, str(dtype).removeprefix("torch."))
+    )
 
 
 def extend(checkpoint_file, out_dir, seed) -> dict[str, torch.Tensor]:

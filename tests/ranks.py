@@ -1,4 +1,5 @@
-"What each process of `test_ranks.py` does: every variant of a run, one after the other, and rank 0 writes down what came of it."
+"""What each process of `test_ranks.py` does: every variant of a run, one after the other, and rank 0
+writes down what came of it."""
 import json
 import os
 import shutil
@@ -15,11 +16,27 @@ from mistral_nb.train.loop import Trainer
 ALSO = ["norms", "embeddings", "output"]
 FULL = dict(lora=dict(enable=False), optim=dict(lr=1e-3), save_adapters=False)
 DIVIDED = {  # placement: shard
-    "dense": {}, "moe": {}, "tied": {}, "full": FULL, "moe_full": FULL, "tied_full": FULL,
-    "nf4": dict(quantize="nf4"), "int8": dict(quantize="int8"), "fp8": dict(quantize="fp8"), "moe_nf4": dict(quantize="nf4"),
-    "dora": dict(lora=dict(dora=True)), "pissa": dict(lora=dict(init="pissa")), "also": dict(lora=dict(also_train=ALSO)), "tied_also": dict(lora=dict(also_train=["embeddings"])), "tied_output": dict(lora=dict(also_train=["output"])),
-    "fp8_dora": dict(quantize="fp8", lora=dict(dora=True)), "fp8_merged": dict(quantize="fp8", save_adapters=False),
-    "recompute": dict(checkpoint=1), "merged": dict(save_adapters=False), "full_recompute": FULL | dict(checkpoint=True), "hf": {},
+    "dense": {},
+    "moe": {},
+    "tied": {},
+    "full": FULL,
+    "moe_full": FULL,
+    "tied_full": FULL,
+    "nf4": dict(quantize="nf4"),
+    "int8": dict(quantize="int8"),
+    "fp8": dict(quantize="fp8"),
+    "moe_nf4": dict(quantize="nf4"),
+    "dora": dict(lora=dict(dora=True)),
+    "pissa": dict(lora=dict(init="pissa")),
+    "also": dict(lora=dict(also_train=ALSO)),
+    "tied_also": dict(lora=dict(also_train=["embeddings"])),
+    "tied_output": dict(lora=dict(also_train=["output"])),
+    "fp8_dora": dict(quantize="fp8", lora=dict(dora=True)),
+    "fp8_merged": dict(quantize="fp8", save_adapters=False),
+    "recompute": dict(checkpoint=1),
+    "merged": dict(save_adapters=False),
+    "full_recompute": FULL | dict(checkpoint=True),
+    "hf": {},
 }
 COPIED = {"copied": {}, "moe_copied": {}, "full_copied": FULL}
 PIECES = {"pieces": 40, "moe_pieces": 40}  # most tokens at once
@@ -33,8 +50,11 @@ def trainer(root: Path, name: str, ranks: int, **values) -> Trainer:
     lora = dict(rank=4, **changes.pop("lora", {}))
     model = root / next((m for m in ("tied", "moe", "hf") if name.startswith(m)), "model")
     settings = dict(
-        model_id_or_path=str(model), data=dict(instruct_data=str(root / "data/train.jsonl"), eval_instruct_data=str(root / "few.jsonl")), run_dir=str(root / f"{name}.{ranks}"),
-        seq_len=128, batch_size=1, num_microbatches=ROWS // ranks, max_steps=3, eval_freq=3, no_eval=False, device="cpu", placement="replicate" if name in COPIED or ranks == 1 else "shard", lora=lora,
+        model_id_or_path=str(model),
+        data=dict(instruct_data=str(root / "data/train.jsonl"), eval_instruct_data=str(root / "few.jsonl")),
+        run_dir=str(root / f"{name}.{ranks}"), seq_len=128, batch_size=1, num_microbatches=ROWS // ranks,
+        max_steps=3, eval_freq=3, no_eval=False, device="cpu",
+        placement="replicate" if name in COPIED or ranks == 1 else "shard", lora=lora,
     )
     made = Trainer(settings | changes)
     if name in PIECES: made.run.plan = replace(made.plan, micro=PIECES[name])
@@ -49,7 +69,10 @@ def held(model: torch.nn.Module) -> int:
 def numbers(t: Trainer) -> dict:
     "Losses, gradient norms and evaluation of a run, and what each rank holds"
     records = list(t.steps())
-    return dict(loss=[r.loss for r in records], norm=[r.grad_norm for r in records], eval=records[-1].eval.loss, held=dist.all_gather_object(held(t.model)), divided=dist.is_fsdp(t.model))
+    return dict(
+        loss=[r.loss for r in records], norm=[r.grad_norm for r in records], eval=records[-1].eval.loss,
+        held=dist.all_gather_object(held(t.model)), divided=dist.is_fsdp(t.model),
+    )
 
 
 def goes_on(root: Path, name: str) -> Trainer:
@@ -63,9 +86,17 @@ def goes_on(root: Path, name: str) -> Trainer:
 def main(root: Path, names: list[str]) -> None:
     ranks, out = int(os.environ["WORLD_SIZE"]), {}
     if nodes := os.environ.get("NODES"): os.environ["LOCAL_WORLD_SIZE"] = str(ranks // int(nodes))
-    for name in names: out[name] = numbers(trainer(root, name, ranks, **(dict(placement="hybrid", run_dir=str(root / f"{name}.hybrid")) if nodes else {})))
-    if ranks == 2 and set(GOES_ON) <= set(names): out |= {f"{name} goes on": numbers(goes_on(root, name)) for name in GOES_ON}
-    if dist.join_group().main: (root / f"{ranks}{'.hybrid' if nodes else ''}.json").write_text(json.dumps(out))
+    for name in names:
+        out[name] = numbers(
+            trainer(
+                root, name, ranks,
+                **(dict(placement="hybrid", run_dir=str(root / f"{name}.hybrid")) if nodes else {}),
+            )
+        )
+    if ranks == 2 and set(GOES_ON) <= set(names):
+        out |= {f"{name} goes on": numbers(goes_on(root, name)) for name in GOES_ON}
+    if dist.join_group().main:
+        (root / f"{ranks}{'.hybrid' if nodes else ''}.json").write_text(json.dumps(out))
     dist.leave_group()
     faults.exit_process(0)
 

@@ -8,9 +8,7 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 COMMANDS = {
-    "step.py": ["--tiny", "--moe", "--steps", "1"],
-    "tokens.py": ["--tiny"],
-    "quant.py": ["--tiny"],
+    "step.py": ["--tiny", "--moe", "--steps", "1"], "tokens.py": ["--tiny"], "quant.py": ["--tiny"],
     "load.py": ["--tiny", "--kinds", "none", "nf4"],
     "scale.py": ["--tiny", "--kinds", "none", "--processes", "1", "2"],
     "gpu.py": ["--tiny", "--steps", "1", "--storages", "none", "nf4", "--parts", "experts"],
@@ -29,6 +27,9 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow if name != "load.py" else ()) 
 def test_benchmark(name):
     "It ends well and prints a table"
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, str(FOLDER / name), *COMMANDS[name]], capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / name), *COMMANDS[name]], capture_output=True, text=True,
+        timeout=300, env=env,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "───" in done.stdout and "Error" not in done.stdout, done.stdout

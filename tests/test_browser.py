@@ -1,4 +1,5 @@
-"What notebooks show of a hostile data set, loaded by a real browser: nothing of it runs, and the page stays usable."
+"""What notebooks show of a hostile data set, loaded by a real browser: nothing of it runs, and the page
+stays usable."""
 import json
 import os
 import shutil
@@ -28,28 +29,60 @@ from mistral_nb.data.view import KIND_STYLES
 from mistral_nb.data.view import show
 
 CHROME = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROME is None, reason="no chromium, chromium-browser or google-chrome is installed")
+pytestmark = pytest.mark.skipif(
+    CHROME is None, reason="no chromium, chromium-browser or google-chrome is installed"
+)
 
 MARKUP = [  # must be shown to the letter
-    "<script>hack(1)</script>", "<ScRiPt src=/leak.js></sCrIpT>", "<img src=/leak.png onerror=hack(2)>", "<body onload=hack(3)>",
-    '" onmouseover="hack(4)" x="', "' onfocus='hack(5)' autofocus='", '"><b onclick=hack(6)>', "<a href=javascript:hack(7)>go</a>",
-    "<iframe src=javascript:top.hack(8)></iframe>", "<iframe srcdoc='<script>top.hack(9)</script>'></iframe>", "<svg onload=hack(10)>", "<svg><animate onbegin=hack(11) attributeName=x>",
-    "</style><style>*{background:url(/leak.css)}</style>", "</div></td></table></span>", "<!-- comment --><!--", "--><script>hack(12)</script>", "]]><![CDATA[",
-    "&lt;script&gt;hack(13)&lt;/script&gt;", "&#60;img src=/leak&#62; &amp; &nbsp;", "${hack(14)} `${hack(15)}`", "{{hack(16)}} <%= hack(17) %>", "<textarea><plaintext><noscript>",
-    "<meta http-equiv=refresh content=0;url=/leak>", "<base href=//leak.invalid>", "<link rel=stylesheet href=/leak.css>", "<form action=/leak><input onfocus=hack(18) autofocus>",
-    "<object data=/leak></object><embed src=/leak>", "<details open ontoggle=hack(19)>", "<math><mtext></mtext><mglyph><style><img src onerror=hack(20)>",
-    "$x^2$ $$y$$ \\(a\\) \\[b\\] \\begin{equation}", "[click](javascript:hack(21)) **bold** # title",
+    "<script>hack(1)</script>",
+    "<ScRiPt src=/leak.js></sCrIpT>",
+    "<img src=/leak.png onerror=hack(2)>",
+    "<body onload=hack(3)>",
+    '" onmouseover="hack(4)" x="',
+    "' onfocus='hack(5)' autofocus='",
+    '"><b onclick=hack(6)>',
+    "<a href=javascript:hack(7)>go</a>",
+    "<iframe src=javascript:top.hack(8)></iframe>",
+    "<iframe srcdoc='<script>top.hack(9)</script>'></iframe>",
+    "<svg onload=hack(10)>",
+    "<svg><animate onbegin=hack(11) attributeName=x>",
+    "</style><style>*{background:url(/leak.css)}</style>",
+    "</div></td></table></span>",
+    "<!-- comment --><!--",
+    "--><script>hack(12)</script>",
+    "]]><![CDATA[",
+    "&lt;script&gt;hack(13)&lt;/script&gt;",
+    "&#60;img src=/leak&#62; &amp; &nbsp;",
+    "${hack(14)} `${hack(15)}`",
+    "{{hack(16)}} <%= hack(17) %>",
+    "<textarea><plaintext><noscript>",
+    "<meta http-equiv=refresh content=0;url=/leak>",
+    "<base href=//leak.invalid>",
+    "<link rel=stylesheet href=/leak.css>",
+    "<form action=/leak><input onfocus=hack(18) autofocus>",
+    "<object data=/leak></object><embed src=/leak>",
+    "<details open ontoggle=hack(19)>",
+    "<math><mtext></mtext><mglyph><style><img src onerror=hack(20)>",
+    "$x^2$ $$y$$ \\(a\\) \\[b\\] \\begin{equation}",
+    "[click](javascript:hack(21)) **bold** # title",
 ]
-HIDDEN = ["\u202edlrow\u202c", "\u2066isolate\u2069", "zero\u200bwidth\u200djoin\ufeff", "nul\x00bell\x07esc\x1b[31m\x7f\x85", "\u2028line\u2029", "tab\there\rback\u200f"]
+HIDDEN = [
+    "\u202edlrow\u202c", "\u2066isolate\u2069", "zero\u200bwidth\u200djoin\ufeff",
+    "nul\x00bell\x07esc\x1b[31m\x7f\x85", "\u2028line\u2029", "tab\there\rback\u200f",
+]
 MARKS = ["\u0301e\u0301\u0323\u0489" + "\u0300" * 60, "ﷺ" * 20, "👩‍👩‍👧🏳️‍🌈", "العربية עברית", "W" * 3000]
 EVIL, LONE = "\n".join(MARKUP + HIDDEN + MARKS), "half \ud800 and \udfff"
 BAD = MARKUP[2] + MARKUP[4]
 ALLOWED = {"DIV", "SPAN", "TABLE", "TBODY", "TR", "TD", "TH", "B", "I", "IMG"}
 WIDTHS, THEMES = (320, 1280), {"light": ("#ffffff", "rgba(0,0,0,.87)"), "dark": ("#111111", "#ffffff")}
-PAGES = ("row-v3", "row-v3-tekken", "blob-v3", "blob-v3-tekken", "lines", "batch", "gallery", "report", "report-run", "findings", "converted", "table")
+PAGES = (
+    "row-v3", "row-v3-tekken", "blob-v3", "blob-v3-tekken", "lines", "batch", "gallery", "report",
+    "report-run", "findings", "converted", "table",
+)
 
 
-def user(text, **more): return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text, **more}]}
+def user(text, **more):
+    return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text, **more}]}
 
 
 def tool_row(name="get", id="abcdefghi", text="fine"):
@@ -58,25 +91,45 @@ def tool_row(name="get", id="abcdefghi", text="fine"):
     schema = {"type": "object", "properties": {text: {"type": "string"}}}
     tools = [{"type": "function", "function": {"name": name, "description": text, "parameters": schema}}]
     asked, answer = user(text)["messages"]
-    return {"messages": [asked, dict(role="assistant", content="", tool_calls=[call]), dict(role="tool", content=text, tool_call_id=id), answer], "tools": tools}
+    return {
+        "messages": [
+            asked, dict(role="assistant", content="", tool_calls=[call]),
+            dict(role="tool", content=text, tool_call_id=id), answer,
+        ],
+        "tools": tools,
+    }
 
 
 def bad_lines():
     "Lines of JSON that training refuses, most of them quoting something hostile"
     said = lambda role, content: {"messages": [{"role": role, "content": content}]}
     call = {"id": BAD, "function": {"name": BAD, "arguments": {BAD: 1}}}
-    rows = [said(BAD, "x"), {BAD: 1}, {"messages": BAD}, [BAD], tool_row(name=BAD), tool_row(id=BAD), said("user", {BAD: BAD}), user("x", weight=BAD)]
-    rows += [user("x", tool_calls=BAD), user("x", tool_calls=[call]), *({**user("x"), key: {BAD: 1}} for key in ("tools", "only_last", "system_prompt"))]
-    rows += [{"conversations": [{"from": "human", "value": t}, {"from": "gpt", "value": t}]} for t in MARKUP]  # can be repaired
-    rows += [{"instruction": BAD, "output": LONE}, {"prompt": BAD, "completion": ""}, {"W" * 5000: "W" * 5000}]
-    return [json.dumps(r).encode() for r in rows] + [f"{BAD}\n{MARKUP[0]}".encode(), f"{user(MARKUP[0])},".encode(), b'{"text": "\xff<script>"}', b""]
+    rows = [
+        said(BAD, "x"), {BAD: 1}, {"messages": BAD}, [BAD], tool_row(name=BAD), tool_row(id=BAD),
+        said("user", {BAD: BAD}), user("x", weight=BAD),
+    ]
+    rows += [
+        user("x", tool_calls=BAD), user("x", tool_calls=[call]),
+        *({**user("x"), key: {BAD: 1}} for key in ("tools", "only_last", "system_prompt")),
+    ]
+    rows += [
+        {"conversations": [{"from": "human", "value": t}, {"from": "gpt", "value": t}]} for t in MARKUP
+    ]  # can be repaired
+    rows += [
+        {"instruction": BAD, "output": LONE}, {"prompt": BAD, "completion": ""}, {"W" * 5000: "W" * 5000},
+    ]
+    return [json.dumps(r).encode() for r in rows] + [
+        f"{BAD}\n{MARKUP[0]}".encode(), f"{user(MARKUP[0])},".encode(), b'{"text": "\xff<script>"}', b"",
+    ]
 
 
 def write_files(folder):
     "A folder of files with hostile names, whose short path reads as a script; returns the folder"
     inner = folder / "data" / "<script>hack(30)<"
     inner.mkdir(parents=True)
-    good = b"".join(json.dumps(r).encode() + b"\n" for r in (user(EVIL), tool_row(text=BAD), user(EVIL), user("short")))
+    good = b"".join(
+        json.dumps(r).encode() + b"\n" for r in (user(EVIL), tool_row(text=BAD), user(EVIL), user("short"))
+    )
     (inner / "script>.jsonl").write_bytes(b"\n".join(bad_lines()) + b"\n" + good)
     (inner / "\" onmouseover='hack(31)' \u202e\n<img src=x onerror=hack(32)>.jsonl").write_bytes(good)
     return folder / "data"
@@ -95,10 +148,19 @@ def made(tmp_path_factory):
     files, blob = write_files(folder), "<Aa1\"'&" * (200_000 // 7)
     args = TrainArgs(DataArgs(instruct_data=str(files), cache="none"), "v3")
     rows = [json.loads(line) for line in bad_lines()[:-4]] + [user(EVIL)]
-    shown = {"row-v3": show(user(EVIL), v3, limit=10**5), "row-v3-tekken": show(user(EVIL + LONE), tekken, limit=10**5)}
-    shown |= {"blob-v3": show(user(blob), v3), "blob-v3-tekken": show(user(blob), tekken), "lines": show(user("\n" * 3000), v3)}
+    shown = {
+        "row-v3": show(user(EVIL), v3, limit=10**5),
+        "row-v3-tekken": show(user(EVIL + LONE), tekken, limit=10**5),
+    }
+    shown |= {
+        "blob-v3": show(user(blob), v3), "blob-v3-tekken": show(user(blob), tekken),
+        "lines": show(user("\n" * 3000), v3),
+    }
     batch = batch_of(folder, v3)
-    shown |= {"batch": show(batch, v3, limit=10**6), "gallery": show(args, n=100), "report": check(files, workers=1), "report-run": check(args, workers=1)}
+    shown |= {
+        "batch": show(batch, v3, limit=10**6), "gallery": show(args, n=100),
+        "report": check(files, workers=1), "report-run": check(args, workers=1),
+    }
     shown["findings"] = shown["report"].findings_table("no-data", n=1000)
     named = [{**user("x"), text: 1} for text in MARKUP]  # notes name the columns that are left out
     shown["converted"] = convert([r for r in rows if isinstance(r, dict)] + named, format="openai")
@@ -184,7 +246,10 @@ def page(html, theme):
 
 def driver(names):
     "The document that loads all others in frames and reports"
-    facts = "".join(f"const {k} = {json.dumps(v)};" for k, v in dict(STYLE=KIND_STYLES, NAMES=names, THEMES=list(THEMES), WIDTHS=WIDTHS).items())
+    facts = "".join(
+        f"const {k} = {json.dumps(v)};"
+        for k, v in dict(STYLE=KIND_STYLES, NAMES=names, THEMES=list(THEMES), WIDTHS=WIDTHS).items()
+    )
     return f"<!doctype html><meta charset=utf-8><body><script>window.hacked = []; window.hack = n => hacked.push(n);{facts}{CHECKS}</script></body>"
 
 
@@ -197,7 +262,10 @@ def browse(html, seconds=60):
         "Serves the pages and notes all that is asked for"
         def do_GET(self):
             parts = self.path.split("/")[1:]
-            known = {"": lambda: driver(list(html)), "page": lambda: page(html[parts[1]], parts[2]), "raw": lambda: {**html, "chars": chars}[parts[1]]}
+            known = {
+                "": lambda: driver(list(html)), "page": lambda: page(html[parts[1]], parts[2]),
+                "raw": lambda: {**html, "chars": chars}[parts[1]],
+            }
             if parts[0] not in known and parts[0] != "favicon.ico": asked.append(self.path)
             self.answer(known[parts[0]]() if parts[0] in known else "")
 
@@ -214,11 +282,22 @@ def browse(html, seconds=60):
 
         def log_message(self, *args): pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+    with (
+        ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server,
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
+    ):
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking", "--hide-scrollbars"]
-        command = [CHROME, *flags, f"--user-data-dir={profile}", "--window-size=1400,900", f"http://127.0.0.1:{server.server_port}/"]
-        chrome = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        flags = [
+            "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+            "--no-first-run", "--disable-background-networking", "--hide-scrollbars",
+        ]
+        command = [
+            CHROME, *flags, f"--user-data-dir={profile}", "--window-size=1400,900",
+            f"http://127.0.0.1:{server.server_port}/",
+        ]
+        chrome = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         try: assert done.wait(seconds), f"no answer from {CHROME} in {seconds} s"
         finally:
             os.killpg(chrome.pid, signal.SIGKILL)
@@ -228,8 +307,14 @@ def browse(html, seconds=60):
     return json.loads(result[0]), asked
 
 
-UNSEEN = [*range(0x20), 0x7F, 0x85, 0xAD, 0x34F, 0x61C, 0x115F, 0x1160, 0x17B4, 0x17B5, *range(0x180B, 0x1810), *range(0x200B, 0x2010), *range(0x2028, 0x202F), *range(0x2060, 0x2070), 0x3164]
-UNSEEN += [*range(0xFE00, 0xFE0E), 0xFEFF, 0xFFA0, *range(0xFFF0, 0xFFFC), 0x1BCA0, *range(0x1D173, 0x1D17B), 0xE0001, *range(0xE0020, 0xE0080), 0xE0100, 0xE01EF]
+UNSEEN = [
+    *range(0x20), 0x7F, 0x85, 0xAD, 0x34F, 0x61C, 0x115F, 0x1160, 0x17B4, 0x17B5, *range(0x180B, 0x1810),
+    *range(0x200B, 0x2010), *range(0x2028, 0x202F), *range(0x2060, 0x2070), 0x3164,
+]
+UNSEEN += [
+    *range(0xFE00, 0xFE0E), 0xFEFF, 0xFFA0, *range(0xFFF0, 0xFFFC), 0x1BCA0, *range(0x1D173, 0x1D17B),
+    0xE0001, *range(0xE0020, 0xE0080), 0xE0100, 0xE01EF,
+]
 VIEWS = [(n, t, w) for n in PAGES for t in THEMES for w in WIDTHS]
 
 
@@ -237,7 +322,10 @@ VIEWS = [(n, t, w) for n in PAGES for t in THEMES for w in WIDTHS]
 def seen(made):
     "What the browser makes of all pages, loaded once"
     found, asked = browse(made.html)
-    return SimpleNamespace(asked=asked, at=lambda name, theme="light", width=1280: found[f"{name} {theme} {width}"], widths=found["widths"])
+    return SimpleNamespace(
+        asked=asked, at=lambda name, theme="light", width=1280: found[f"{name} {theme} {width}"],
+        widths=found["widths"],
+    )
 
 
 def test_the_test_sees():
@@ -259,8 +347,12 @@ def test_nothing_runs(seen, name, theme, width):
     assert found["hacked"] == [] and found["resources"] == [] and not found["comments"]
     assert set(found["names"]) <= ALLOWED and found["outside"] == ["DIVout"]
     assert set(found["attributes"]) <= {"style", "title", "class", "src", "alt"}
-    assert set(found["sources"]) <= {"data:image/png;base64,"} and ("IMG" in found["names"]) == name.startswith("report")
-    assert not any(bad in s.lower() for s in found["styles"] for bad in ("url(", "expression", "position", "import"))
+    assert set(found["sources"]) <= {"data:image/png;base64,"} and (
+        "IMG" in found["names"]
+    ) == name.startswith("report")
+    assert not any(
+        bad in s.lower() for s in found["styles"] for bad in ("url(", "expression", "position", "import")
+    )
     assert found["same"], "innerHTML reads it otherwise than a document"
 
 
@@ -279,8 +371,11 @@ def test_text_to_the_letter(seen, name):
 def test_hidden_characters(seen, made):
     "Direction marks, control characters and halves of characters are spelled out"
     for name in ("row-v3", "row-v3-tekken", "batch", "table", "gallery", "report", "converted"):
-        assert [c for c in seen.at(name)["text"] if c not in "\n\t" and reveal_hidden("x" + c) != "x" + c] == [], name
-    for mark in ("⟨U+202E⟩", "⟨U+2066⟩", "⟨U+200B⟩", "⟨U+0000⟩", "⟨U+001B⟩"): assert mark in seen.at("table")["text"]
+        assert [
+            c for c in seen.at(name)["text"] if c not in "\n\t" and reveal_hidden("x" + c) != "x" + c
+        ] == [], name
+    for mark in ("⟨U+202E⟩", "⟨U+2066⟩", "⟨U+200B⟩", "⟨U+0000⟩", "⟨U+001B⟩"):
+        assert mark in seen.at("table")["text"]
 
 
 @pytest.mark.parametrize("name", ["row-v3", "row-v3-tekken"])
@@ -303,8 +398,12 @@ def test_formula_in_file_name(tmp_path):
 
 def test_names_and_findings(seen, made):
     "File names, roles, keys and repairs quote the data set"
-    for name in ("gallery", "report", "report-run", "findings"): assert "<script>hack(30)</script>.jsonl" in seen.at(name)["text"]
-    assert "hack(32)" in seen.at("report")["text"] and "the role is '<img src=/leak.png onerror" in seen.at("gallery")["text"]
+    for name in ("gallery", "report", "report-run", "findings"):
+        assert "<script>hack(30)</script>.jsonl" in seen.at(name)["text"]
+    assert (
+        "hack(32)" in seen.at("report")["text"]
+        and "the role is '<img src=/leak.png onerror" in seen.at("gallery")["text"]
+    )
     assert "onmouseover" in seen.at("converted")["text"] and "<script>hack(1)" in seen.at("converted")["text"]
     repairs = [(f.before, f.after) for f in made.shown["report"].findings if f.before and f.code == "no-data"]
     assert sum("hack(" in b and "hack(" in a for b, a in repairs) > 5
@@ -350,5 +449,7 @@ def test_quick(seen, made, name):
 def test_contrast(seen, name, theme):
     "Text takes the page's colour and stays legible on the backgrounds of all kinds but padding"
     found = seen.at(name, theme)
-    assert found["inherits"] and not any("color:" in s.replace("background-color:", "") for s in found["styles"])
+    assert found["inherits"] and not any(
+        "color:" in s.replace("background-color:", "") for s in found["styles"]
+    )
     assert {k: c for k, c in found["contrast"].items() if c < 4.5 and k != "padding"} == {}

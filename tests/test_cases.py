@@ -1,4 +1,5 @@
-"Small files in layouts of public data sets: each is read, or refused with the reason that helps; nothing disappears without a word."
+"""Small files in layouts of public data sets: each is read, or refused with the reason that helps; nothing
+disappears without a word."""
 import gzip
 import json
 import random
@@ -200,18 +201,13 @@ def test_weights():
     weights = {
         name: [[m.get("weight") for m in r["messages"] if m["role"] == "assistant"] for r in rows_of(name)]
         for name in (
-            "loss_false.jsonl",
-            "loss_false_alone.jsonl",
-            "train_false.jsonl",
-            "row_weight.jsonl",
+            "loss_false.jsonl", "loss_false_alone.jsonl", "train_false.jsonl", "row_weight.jsonl",
             "weight_null.jsonl",
         )
     }
     assert weights == {
-        "loss_false.jsonl": [[0, 1]],
-        "loss_false_alone.jsonl": [[0, None]],
-        "train_false.jsonl": [[0, 1]],
-        "row_weight.jsonl": [[0], [1]],
+        "loss_false.jsonl": [[0, 1]], "loss_false_alone.jsonl": [[0, None]],
+        "train_false.jsonl": [[0, 1]], "row_weight.jsonl": [[0], [1]],
         "weight_null.jsonl": [[None], [0], [1]],
     }
 
@@ -227,10 +223,7 @@ def test_all_parts_of_a_question():
     )
     assert contents(rows_of("mcq.jsonl")[0])[0] == "Which is a fish?\n\nA. cod\nB. oak"
     assert contents(rows_of("history.csv")[0]) == [
-        "How deep at six?",
-        "Nine metres.",
-        "And at noon?",
-        "Two metres.",
+        "How deep at six?", "Nine metres.", "And at noon?", "Two metres.",
     ]
 
 
@@ -244,10 +237,7 @@ def test_thoughts():
     "A thought is a part from v13 on; before, it is left out, or stays the words that it was"
     parts = [{"type": "thinking", "thinking": "The chart says nine."}, {"type": "text", "text": "Nine."}]
     for name in (
-        "think_mistral.jsonl",
-        "think_mistral_api.jsonl",
-        "think_text.jsonl",
-        "reasoning_content.jsonl",
+        "think_mistral.jsonl", "think_mistral_api.jsonl", "think_text.jsonl", "reasoning_content.jsonl",
     ):
         assert contents(rows_of(name)[0])[-1] == parts
     assert contents(rows_of("reasoning_content.jsonl", version="v3")[0])[-1] == "Nine."
@@ -259,22 +249,19 @@ def test_thoughts():
 # the same rows, whichever way they come
 
 NULLS = {
-    "value": {"type": ["string", "null"]},
-    "note": {"type": "string", "nullable": True},
+    "value": {"type": ["string", "null"]}, "note": {"type": "string", "nullable": True},
     "hour": {"type": "integer"},
 }
 
 
 def tool_row(name: str, arguments: dict, properties: dict, required: list) -> dict:
     tool = {
-        "name": name,
-        "description": name,
+        "name": name, "description": name,
         "parameters": {"type": "object", "properties": properties, "required": required},
     }
     call = {"id": "abc123XYZ", "type": "function", "function": {"name": name, "arguments": arguments}}
     messages = [
-        {"role": "user", "content": "Now?"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "user", "content": "Now?"}, {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "4", "tool_call_id": "abc123XYZ"},
         {"role": "assistant", "content": "Four."},
     ]
@@ -303,10 +290,7 @@ def ways(tmp_path_factory):
     frame.to_csv(folder / "python.csv", index=False)
     files = {p.name: p for p in folder.iterdir()}
     return rows, files | {
-        "list": rows,
-        "DataFrame": frame,
-        "Table": table,
-        "to_pylist": table.to_pylist(),
+        "list": rows, "DataFrame": frame, "Table": table, "to_pylist": table.to_pylist(),
         "to_pandas": table.to_pandas(),
     }
 
@@ -315,8 +299,7 @@ def test_one_result(ways):
     rows, sources = ways
     want = convert(rows)
     assert [json.loads(r["messages"][1]["tool_calls"][0]["function"]["arguments"]) for r in want.rows] == [
-        {"port": "Brest", "value": None},
-        {"place": "Lorient"},
+        {"port": "Brest", "value": None}, {"place": "Lorient"},
     ]
     assert want.rows[1]["tools"][0]["function"]["parameters"]["properties"] == {"place": {"type": "string"}}
     for name, source in sources.items():
@@ -406,13 +389,8 @@ def test_folder(tmp_path):
         + "\n"
     )
     for name in (
-        "train.jsonl",
-        "test.jsonl",
-        "more.jsonl",
-        ".ipynb_checkpoints/train-checkpoint.jsonl",
-        ".hidden.jsonl",
-        "README.md",
-        "a.png",
+        "train.jsonl", "test.jsonl", "more.jsonl", ".ipynb_checkpoints/train-checkpoint.jsonl",
+        ".hidden.jsonl", "README.md", "a.png",
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(row)
@@ -423,16 +401,15 @@ def test_folder(tmp_path):
     assert all(name in said for name in ("train-checkpoint.jsonl", "README.md", "test.jsonl", "a.png")), said
     assert {Path(r["file"]).name for r in done.refused} == {"bad.jsonl.gz", "bad.parquet"} and done.kept >= 2
     assert [p.name for p in jsonl_files(tmp_path)] == [
-        "more.jsonl",
-        "test.jsonl",
-        "train.jsonl",
+        "more.jsonl", "test.jsonl", "train.jsonl",
     ]  # of a training: all of that name
     assert any("bad.parquet" in n and "test.jsonl" in n for n in [" ".join(folder_notes(tmp_path))])
     assert "bad.parquet" in str(check(tmp_path))
 
 
 def test_deep_rows(tmp_path):
-    "Rows nested 300, 1,000 and 100,000 deep are named, in a conversion, a check and a training; the rest goes on"
+    """Rows nested 300, 1,000 and 100,000 deep are named, in a conversion, a check and a training; the rest
+    goes on"""
     good = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
     deep = [f'{{"messages": {"[" * n}{"]" * n}, "x": 1}}' for n in (300, 1000, 100_000)]
     file = tmp_path / "deep.jsonl"
@@ -463,7 +440,8 @@ def test_what_to_type(name, capsys):
 
 
 def test_refused_beside(tmp_path, capsys):
-    "OUT.refused is ours or it stays, goes when nothing is refused, and a conversion that keeps nothing leaves no OUT"
+    """OUT.refused is ours or it stays, goes when nothing is refused, and a conversion that keeps nothing
+    leaves no OUT"""
     out, beside = tmp_path / "out.jsonl", tmp_path / "out.jsonl.refused"
     beside.write_text("my notes\n")
     assert cli.main(["convert", str(CASES / "kto_llamafactory.json"), str(out)]) == 1
@@ -527,7 +505,9 @@ def test_check_counts_beginnings():
     "A file and a run count the same tokens of tool conversations"
     report = check(CASES / "content_and_call.jsonl", "v7")
     row = parse_row(json.loads((CASES / "content_and_call.jsonl").read_text()), version="v7")
-    assert sum(d.tokens for d in report.data()) == sum(len(s) for s in encode_with_prefixes(row, load_tokenizer("v7")))
+    assert sum(d.tokens for d in report.data()) == sum(
+        len(s) for s in encode_with_prefixes(row, load_tokenizer("v7"))
+    )
 
 
 def test_empty_is_not_full(tmp_path):
@@ -541,8 +521,7 @@ def test_refused_as_by_the_reference():
     "tools that are 0, content that is an empty list"
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     for row in (
-        {"messages": messages, "tools": 0},
-        {"messages": [{"role": "user", "content": []}, messages[1]]},
+        {"messages": messages, "tools": 0}, {"messages": [{"role": "user", "content": []}, messages[1]]},
         {"messages": [messages[0], {"role": "assistant", "content": []}]},
     ):
         with pytest.raises(SampleError): encode_with_prefixes(parse_row(row), load_tokenizer("v3"))
@@ -562,41 +541,26 @@ FILES = {  # name, bytes: rows kept, rows refused, words
     "latin1.json": ('[{"question":"é","answer":"b"}]'.encode("latin-1"), 0, 1, ["not UTF-8"]),
     "header.csv": ("question,r\u00e9ponse,answer\na,b,c\n".encode("latin-1"), 0, 1, ["not UTF-8"]),
     "utf16 without a mark.jsonl": (
-        json.dumps(QA).encode("utf-16-le"),
-        0,
-        1,
-        ["UTF-16 without a byte order mark"],
+        json.dumps(QA).encode("utf-16-le"), 0, 1, ["UTF-16 without a byte order mark"],
     ),
     "rows with a role.json": (
         b'[{"conversation_id":1,"role":"user","content":"a"},{"conversation_id":1,"role":"assistant","content":"b"}]',
-        0,
-        2,
-        ["one message of a conversation"],
+        0, 2, ["one message of a conversation"],
     ),
     "rows with an author.json": (
         b'[{"author":"Ann","instruction":"q","output":"a"},{"author":"Bob","instruction":"q","output":"a"}]',
-        2,
-        0,
-        ["column author"],
+        2, 0, ["column author"],
     ),
     "split.json": (
-        b'{"columns":["question","answer"],"index":["x","y"],"data":[["a","b"],["c","d"]]}',
-        2,
-        0,
+        b'{"columns":["question","answer"],"index":["x","y"],"data":[["a","b"],["c","d"]]}', 2, 0,
         ["by columns", "column index"],
     ),
     "index.json": (
-        b'{"0":{"question":"a","answer":"b"},"1":{"question":"c","answer":"d"}}',
-        2,
-        0,
-        ["by columns"],
+        b'{"0":{"question":"a","answer":"b"},"1":{"question":"c","answer":"d"}}', 2, 0, ["by columns"],
     ),
     "comma and null.jsonl": (b'{"question":"a","answer":"b","x":null,}\n', 1, 0, ["column x left out: null"]),
     "twice in Python.jsonl": (
-        b"{'question': 'a', 'answer': 'b', 'answer': 'c'}\n",
-        1,
-        0,
-        ["answer stands twice"],
+        b"{'question': 'a', 'answer': 'b', 'answer': 'c'}\n", 1, 0, ["answer stands twice"],
     ),
     "twice in a cell.jsonl": (
         json.dumps(
@@ -620,17 +584,11 @@ FILES = {  # name, bytes: rows kept, rows refused, words
         ["not JSON"],
     ),
     "a comma too few.jsonl": (
-        b"[\n" + json.dumps(QA).encode() + b"\n" + json.dumps(QA).encode() + b"\n]\n",
-        2,
-        0,
-        [],
+        b"[\n" + json.dumps(QA).encode() + b"\n" + json.dumps(QA).encode() + b"\n]\n", 2, 0, [],
     ),
     "empty lists.jsonl": (b"[]\n" + json.dumps(QA).encode() + b"\n[[]]\n", 1, 2, ["an empty list"]),
     "escaped quotes, cut.jsonl": (
-        b'{"text": "' + b'\\"' * 40_000 + b"\n" + json.dumps(QA).encode() + b"\n",
-        1,
-        1,
-        ["not JSON"],
+        b'{"text": "' + b'\\"' * 40_000 + b"\n" + json.dumps(QA).encode() + b"\n", 1, 1, ["not JSON"],
     ),
     "many on a line.jsonl": (json.dumps(QA).encode() * 20_000, 20_000, 0, []),
 }
@@ -638,30 +596,24 @@ ROWS = {  # a row: kept, the contents or words
     "a user's name": (dict(QA, user="u_1"), True, "column user left out"),
     "twelve options": (dict(QA, options=[f"o{i}" for i in range(12)]), True, "L. o11"),
     "the number of an option": (
-        {"question": "Port?", "choices": ["Bern", "Brest"], "answer": 1},
-        True,
-        "written as its letter",
+        {"question": "Port?", "choices": ["Bern", "Brest"], "answer": 1}, True, "written as its letter",
     ),
     "CAMEL": (
         {"role_1": "a", "topic;": "b", "message_1": "c", "message_2": "d", "instruction": "q", "output": "a"},
-        True,
-        "column message_1",
+        True, "column message_1",
     ),
     "incorrect_answer": (dict(QA, incorrect_answer="b"), False, "preference pair"),
     "generations": ({"instruction": "p", "generations": ["a", "b"], "output": "a"}, False, "preference pair"),
     "ChatML under content": (
-        {"content": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>"},
-        True,
+        {"content": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>"}, True,
         "read from ChatML",
     ),
     "a play": (
-        {"text": "User: admin\nSystem: up\nAssistant: manager\nHost: a"},
-        True,
+        {"text": "User: admin\nSystem: up\nAssistant: manager\nHost: a"}, True,
         "Human and Assistant markup kept",
     ),
     "words between": (
-        {"text": "<|im_start|>user\nHi<|im_end|>\nStray.\n<|im_start|>assistant\nHo<|im_end|>"},
-        False,
+        {"text": "<|im_start|>user\nHi<|im_end|>\nStray.\n<|im_start|>assistant\nHo<|im_end|>"}, False,
         "words between its messages",
     ),
     "guanaco": ({"text": "### Human: Hi### Assistant: Hello"}, True, "read from Human and Assistant"),
@@ -670,8 +622,7 @@ ROWS = {  # a row: kept, the contents or words
             "messages": [
                 {"role": "user", "content": "a"},
                 {"role": "assistant", "content": "Thought: x\nAction: f"},
-                {"role": "function", "content": "1"},
-                {"role": "assistant", "content": "b"},
+                {"role": "function", "content": "1"}, {"role": "assistant", "content": "b"},
             ]
         },
         False,
@@ -755,10 +706,8 @@ def test_schemas_of_other_programs():
 def test_results_by_name():
     calls = [{"function": {"name": n, "arguments": {}}} for n in ("fa", "fb")]
     messages = [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "", "tool_calls": calls},
-        {"role": "tool", "name": "fb", "content": "RB"},
-        {"role": "tool", "name": "fa", "content": "RA"},
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "name": "fb", "content": "RB"}, {"role": "tool", "name": "fa", "content": "RA"},
         {"role": "assistant", "content": "b"},
     ]
     made = convert([{"messages": messages}]).rows[0]["messages"]

@@ -1,4 +1,5 @@
-"Rows damaged on purpose: `check` must see each damage, lose no row, and agree with training and with mistral-common."
+"""Rows damaged on purpose: `check` must see each damage, lose no row, and agree with training and with
+mistral-common."""
 import json
 import random
 from copy import deepcopy
@@ -38,10 +39,13 @@ PARTS = "ka lo mi ren tu sho pel dra ün é bas cor vi 猫 nim os".split()
 
 def words(rng: Rng, least: int = 9, most: int = 24) -> str:
     "A sentence that no other row has"
-    return " ".join("".join(rng.choices(PARTS, k=rng.randint(1, 3))) for _ in range(rng.randint(least, most))) + rng.choice(".?!")
+    return " ".join(
+        "".join(rng.choices(PARTS, k=rng.randint(1, 3))) for _ in range(rng.randint(least, most))
+    ) + rng.choice(".?!")
 
 
-def turn(rng: Rng) -> list[dict]: return [{"role": "user", "content": words(rng)}, {"role": "assistant", "content": words(rng)}]
+def turn(rng: Rng) -> list[dict]:
+    return [{"role": "user", "content": words(rng)}, {"role": "assistant", "content": words(rng)}]
 
 
 def plain_row(rng: Rng) -> dict: return {"messages": turn(rng)}
@@ -57,24 +61,51 @@ def long_row(rng: Rng) -> dict:
 
 def old_row(rng: Rng) -> dict:
     "The older keys"
-    return {"interactions": [{"is_user": m["role"] == "user", "text": m["content"]} for _ in range(rng.randint(1, 3)) for m in turn(rng)]}
+    return {
+        "interactions": [
+            {"is_user": m["role"] == "user", "text": m["content"]}
+            for _ in range(rng.randint(1, 3))
+            for m in turn(rng)
+        ]
+    }
 
 
 def new_call(rng: Rng, name: str) -> dict:
     "A call with a random id and arguments"
     made = "".join(rng.choices("abcdefghijkXYZ0123456789", k=9))
-    return {"id": made, "type": "function", "function": {"name": name, "arguments": json.dumps({"place": words(rng, 1, 3), "n": rng.randint(0, 99)})}}
+    return {
+        "id": made,
+        "type": "function",
+        "function": {
+            "name": name, "arguments": json.dumps({"place": words(rng, 1, 3), "n": rng.randint(0, 99)}),
+        },
+    }
 
 
 def tool_row(rng: Rng) -> dict:
     "One or two rounds of calls and results"
-    schema = {"type": "object", "properties": {"place": {"type": "string"}, "n": {"type": "integer"}}, "required": ["place"]}
-    tools = [{"type": "function", "function": {"name": f"get_{n}", "description": words(rng), "parameters": schema}} for n in ("air", "sea")]
+    schema = {
+        "type": "object", "properties": {"place": {"type": "string"}, "n": {"type": "integer"}},
+        "required": ["place"],
+    }
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": f"get_{n}", "description": words(rng), "parameters": schema},
+        }
+        for n in ("air", "sea")
+    ]
     messages = []
     for _ in range(rng.randint(1, 2)):
         calls = [new_call(rng, t["function"]["name"]) for t in tools[: rng.randint(1, 2)]]
-        results = [{"role": "tool", "content": json.dumps({"n": rng.random()}), "tool_call_id": c["id"]} for c in calls]
-        messages += [turn(rng)[0], {"role": "assistant", "content": "", "tool_calls": calls}, *results, turn(rng)[1]]
+        results = [
+            {"role": "tool", "content": json.dumps({"n": rng.random()}), "tool_call_id": c["id"]}
+            for c in calls
+        ]
+        messages += [
+            turn(rng)[0], {"role": "assistant", "content": "", "tool_calls": calls}, *results,
+            turn(rng)[1],
+        ]
     return {"messages": messages, "tools": tools}
 
 
@@ -85,10 +116,12 @@ GOOD = dict(plain=plain_row, long=long_row, old=old_row, tool=tool_row)
 DROP = object()
 
 
-def changed(entry: dict, changes: dict) -> dict: return {k: v for k, v in {**entry, **changes}.items() if v is not DROP}
+def changed(entry: dict, changes: dict) -> dict:
+    return {k: v for k, v in {**entry, **changes}.items() if v is not DROP}
 
 
-def place(messages: list[dict], role: str) -> int: return next(i for i, m in enumerate(messages) if m["role"] == role)
+def place(messages: list[dict], role: str) -> int:
+    return next(i for i, m in enumerate(messages) if m["role"] == role)
 
 
 def row_with(**changes: Any) -> Damage: return lambda row, rng: changed(row, changes)
@@ -103,15 +136,21 @@ def message(role: str, /, **changes: Any) -> Damage:
     return damage
 
 
-def last(**changes: Any) -> Damage: return lambda row, rng: {**row, "messages": [*row["messages"][:-1], changed(row["messages"][-1], changes)]}
+def last(**changes: Any) -> Damage:
+    return lambda row, rng: {
+        **row, "messages": [*row["messages"][:-1], changed(row["messages"][-1], changes)],
+    }
 
 
 def added(role: str, text: str) -> Damage:
     "Some text behind that of the first message of a role"
-    return lambda row, rng: message(role, content=next(m["content"] for m in row["messages"] if m["role"] == role) + text)(row, rng)
+    return lambda row, rng: message(
+        role, content=next(m["content"] for m in row["messages"] if m["role"] == role) + text
+    )(row, rng)
 
 
-def listed(make: Callable[[list[dict], Rng], list]) -> Damage: return lambda row, rng: {**row, "messages": make(row["messages"], rng)}
+def listed(make: Callable[[list[dict], Rng], list]) -> Damage:
+    return lambda row, rng: {**row, "messages": make(row["messages"], rng)}
 
 
 def call(**changes: Any) -> Damage:
@@ -123,13 +162,18 @@ def call(**changes: Any) -> Damage:
     return damage
 
 
-def function(**changes: Any) -> Damage: return lambda row, rng: call(function=changed(row["messages"][1]["tool_calls"][0]["function"], changes))(row, rng)
+def function(**changes: Any) -> Damage:
+    return lambda row, rng: call(function=changed(row["messages"][1]["tool_calls"][0]["function"], changes))(
+        row, rng
+    )
 
 
-def tool(**changes: Any) -> Damage: return lambda row, rng: {**row, "tools": [changed(row["tools"][0], changes), *row["tools"][1:]]}
+def tool(**changes: Any) -> Damage:
+    return lambda row, rng: {**row, "tools": [changed(row["tools"][0], changes), *row["tools"][1:]]}
 
 
-def described(**changes: Any) -> Damage: return lambda row, rng: tool(function=changed(row["tools"][0]["function"], changes))(row, rng)
+def described(**changes: Any) -> Damage:
+    return lambda row, rng: tool(function=changed(row["tools"][0]["function"], changes))(row, rng)
 
 
 def line_of(row: Any) -> bytes:
@@ -147,7 +191,8 @@ def nested(depth: int, value: Any = 1) -> Any:
     return value
 
 
-def deep_schema(depth: int) -> dict: return {"type": "object", "properties": {"a": deep_schema(depth - 1)}} if depth else {"type": "string"}
+def deep_schema(depth: int) -> dict:
+    return {"type": "object", "properties": {"a": deep_schema(depth - 1)}} if depth else {"type": "string"}
 
 
 def cut(text: bytes, rng: Rng) -> bytes: return text[: rng.randint(1, len(text) - 2)]
@@ -161,13 +206,16 @@ def inserted(what: bytes) -> Damage:
 def repr_with(**more: Any) -> Damage: return lambda row, rng: repr({**row, **more}).encode()
 
 
-def human(messages: list[dict]) -> list[dict]: return [{**m, "role": {"user": "human", "assistant": "gpt"}.get(m["role"], m["role"])} for m in messages]
+def human(messages: list[dict]) -> list[dict]:
+    return [{**m, "role": {"user": "human", "assistant": "gpt"}.get(m["role"], m["role"])} for m in messages]
 
 
-def sharegpt(row: dict, rng: Rng) -> dict: return {"conversations": [{"from": m["role"], "value": m["content"]} for m in human(row["messages"])]}
+def sharegpt(row: dict, rng: Rng) -> dict:
+    return {"conversations": [{"from": m["role"], "value": m["content"]} for m in human(row["messages"])]}
 
 
-def without_results(row: dict, rng: Rng) -> dict: return {**row, "messages": [m for m in row["messages"] if m["role"] != "tool"]}
+def without_results(row: dict, rng: Rng) -> dict:
+    return {**row, "messages": [m for m in row["messages"] if m["role"] != "tool"]}
 
 
 def results_first(row: dict, rng: Rng) -> dict:
@@ -197,8 +245,16 @@ DAMAGES: dict[str, tuple[str, Damage]] = {  # name: (kind of row, damage)
     "both lists equal": ("plain", lambda row, rng: {**row, "interactions": row["messages"]}),
     "system prompt number": ("plain", row_with(system_prompt=5)),
     "system prompt null": ("plain", row_with(system_prompt=None)),
-    "two system prompts": ("long", lambda row, rng: {**row, "system_prompt": "Be kind.", "messages": [{"role": "system", "content": "Be brief."}, *row["messages"]]}),
-    "system in the middle": ("plain", listed(lambda m, rng: [m[0], {"role": "system", "content": "Be brief."}, *m[1:]])),
+    "two system prompts": (
+        "long",
+        lambda row, rng: {
+            **row, "system_prompt": "Be kind.",
+            "messages": [{"role": "system", "content": "Be brief."}, *row["messages"]],
+        },
+    ),
+    "system in the middle": (
+        "plain", listed(lambda m, rng: [m[0], {"role": "system", "content": "Be brief."}, *m[1:]]),
+    ),
     "only_last text": ("long", row_with(only_last="perhaps")),
     "only_last true": ("long", row_with(only_last=True)),
     "unknown keys": ("tool", row_with(id=7, meta={"a": [None, True, 1.5]}, source="web")),
@@ -207,7 +263,9 @@ DAMAGES: dict[str, tuple[str, Damage]] = {  # name: (kind of row, damage)
     "huge int": ("plain", row_with(n=int("9" * 4000))),
     "huger int": ("plain", line(lambda b, rng: b[:-1] + b', "n": ' + b"9" * 5000 + b"}")),
     "nested harmless": ("plain", row_with(x=nested(200))),
-    "nested deep": ("plain", line(lambda b, rng: b[:-1] + b', "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}")),
+    "nested deep": (
+        "plain", line(lambda b, rng: b[:-1] + b', "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+    ),
     "nested and bad": ("plain", lambda row, rng: {"messages": human(row["messages"]), "x": nested(600)}),
     "content nested": ("plain", message("user", content=nested(600))),
     # messages
@@ -228,15 +286,32 @@ DAMAGES: dict[str, tuple[str, Damage]] = {  # name: (kind of row, damage)
     "content chunks": ("plain", message("user", content=[{"type": "text", "text": "What is it?"}])),
     "content chunks of the answer": ("plain", last(content=[{"type": "text", "text": "A cat."}])),
     "content no chunks": ("plain", message("user", content=[])),
-    "image": ("plain", message("user", content=[{"type": "image_url", "image_url": "https://example.com/cat.png"}])),
-    "thinking": ("plain", last(content=[{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}, {"type": "text", "text": "A cat."}])),
+    "image": (
+        "plain",
+        message("user", content=[{"type": "image_url", "image_url": "https://example.com/cat.png"}]),
+    ),
+    "thinking": (
+        "plain",
+        last(
+            content=[
+                {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
+                {"type": "text", "text": "A cat."},
+            ]
+        ),
+    ),
     "question empty": ("plain", message("user", content="")),
     "question blank": ("plain", message("user", content=" \n\t")),
     "answer empty": ("plain", last(content="")),
     "answer blank": ("plain", last(content="  \n")),
-    "is_user text": ("old", lambda row, rng: {"interactions": [{**m, "is_user": "yes"} for m in row["interactions"]]}),
-    "is_user missing": ("old", lambda row, rng: {"interactions": [{"text": m["text"]} for m in row["interactions"]]}),
-    "text null": ("old", lambda row, rng: {"interactions": [{**m, "text": None} for m in row["interactions"]]}),
+    "is_user text": (
+        "old", lambda row, rng: {"interactions": [{**m, "is_user": "yes"} for m in row["interactions"]]},
+    ),
+    "is_user missing": (
+        "old", lambda row, rng: {"interactions": [{"text": m["text"]} for m in row["interactions"]]},
+    ),
+    "text null": (
+        "old", lambda row, rng: {"interactions": [{**m, "text": None} for m in row["interactions"]]},
+    ),
     "prefix": ("long", message("assistant", prefix=True)),
     # order
     "question last": ("long", listed(ask_again)),
@@ -254,7 +329,9 @@ DAMAGES: dict[str, tuple[str, Damage]] = {  # name: (kind of row, damage)
     "weight true": ("plain", last(weight=True)),
     "weight nan": ("plain", last(weight=float("nan"))),
     "weight list": ("plain", last(weight=[1])),
-    "weights all 0": ("long", listed(lambda m, rng: [{**x, "weight": 0} if x["role"] == "assistant" else x for x in m])),
+    "weights all 0": (
+        "long", listed(lambda m, rng: [{**x, "weight": 0} if x["role"] == "assistant" else x for x in m]),
+    ),
     # calls and results
     "id twice": ("tool", double_id),
     "id unmatched": ("tool", message("tool", tool_call_id="zzzzzzzz9")),
@@ -272,10 +349,15 @@ DAMAGES: dict[str, tuple[str, Damage]] = {  # name: (kind of row, damage)
     "call without function": ("tool", call(function=DROP)),
     "call null": ("tool", message("assistant", tool_calls=[None])),
     "call of another type": ("tool", call(type="plugin")),
-    "calls object": ("tool", lambda row, rng: message("assistant", tool_calls=row["messages"][1]["tool_calls"][0])(row, rng)),
+    "calls object": (
+        "tool",
+        lambda row, rng: message("assistant", tool_calls=row["messages"][1]["tool_calls"][0])(row, rng),
+    ),
     "calls empty": ("tool", message("assistant", tool_calls=[])),
     "calls and text": ("tool", message("assistant", content="I shall look.")),
-    "calls of the user": ("tool", lambda row, rng: message("user", tool_calls=row["messages"][1]["tool_calls"])(row, rng)),
+    "calls of the user": (
+        "tool", lambda row, rng: message("user", tool_calls=row["messages"][1]["tool_calls"])(row, rng),
+    ),
     "no results": ("tool", without_results),
     "results first": ("tool", results_first),
     "result too many": ("tool", listed(lambda m, rng: [*m[:3], m[2], *m[3:]])),
@@ -316,7 +398,10 @@ DAMAGES: dict[str, tuple[str, Damage]] = {  # name: (kind of row, damage)
     "tool name number": ("tool", described(name=3)),
     "tool schema bad": ("tool", described(parameters={"type": "objekt"})),
     "tool schema text": ("tool", described(parameters="{}")),
-    "tool schema regex": ("tool", described(parameters={"type": "object", "properties": {"a": {"type": "string", "pattern": "["}}})),
+    "tool schema regex": (
+        "tool",
+        described(parameters={"type": "object", "properties": {"a": {"type": "string", "pattern": "["}}}),
+    ),
     "tool schema deep": ("tool", described(parameters=deep_schema(300))),
     "tool strict text": ("tool", described(strict="maybe")),
     "tool of another type": ("tool", tool(type="retrieval")),
@@ -329,7 +414,9 @@ DAMAGES: dict[str, tuple[str, Damage]] = {  # name: (kind of row, damage)
     "surrogate in a chunk": ("plain", message("user", content=[{"type": "text", "text": "a \ud83d"}])),
     "surrogate in a key": ("plain", row_with(**{"\ud83d": 1})),
     "surrogate in a role": ("plain", message("user", role="\ud83d")),
-    "surrogate pair in escapes": ("plain", line(lambda b, rng: b.replace(b'"content": "', b'"content": "\\ud83d\\ude00', 1))),
+    "surrogate pair in escapes": (
+        "plain", line(lambda b, rng: b.replace(b'"content": "', b'"content": "\\ud83d\\ude00', 1)),
+    ),
     "control character": ("plain", added("user", "\x07\x1b[1m")),
     "nul": ("plain", added("assistant", "\x00")),
     "direction mark": ("plain", added("user", "\u202eabc")),
@@ -349,7 +436,9 @@ DAMAGES: dict[str, tuple[str, Damage]] = {  # name: (kind of row, damage)
     "line with spaces": ("plain", line(lambda b, rng: b"  " + b + b"\t ")),
     "line bom": ("plain", line(lambda b, rng: b"\xef\xbb\xbf" + b)),
     "line not UTF-8": ("plain", inserted(b"caf\xe9 ")),
-    "line UTF-16": ("plain", line(lambda b, rng: b.decode().replace("猫", "").encode("utf-16-le").replace(b"\n", b""))),
+    "line UTF-16": (
+        "plain", line(lambda b, rng: b.decode().replace("猫", "").encode("utf-16-le").replace(b"\n", b"")),
+    ),
     "line raw nul": ("plain", inserted(b"\x00")),
     "line raw tab": ("plain", inserted(b"\t")),
     "line raw surrogate": ("plain", inserted(b"\xed\xa0\xbd")),
@@ -362,24 +451,66 @@ DAMAGES: dict[str, tuple[str, Damage]] = {  # name: (kind of row, damage)
     "line JSON in a text": ("plain", lambda row, rng: line_of(row).decode()),
     "line Python": ("plain", repr_with()),
     "line Python of a tool row": ("tool", repr_with(meta=None, ok=True)),
-    "line Python with number keys": ("plain", lambda row, rng: repr({"messages": human(row["messages"]), 1: 2}).encode()),
-    "line Python with tuples": ("plain", lambda row, rng: repr({"messages": tuple(row["messages"])}).encode()),
+    "line Python with number keys": (
+        "plain", lambda row, rng: repr({"messages": human(row["messages"]), 1: 2}).encode(),
+    ),
+    "line Python with tuples": (
+        "plain", lambda row, rng: repr({"messages": tuple(row["messages"])}).encode(),
+    ),
     "line log": ("plain", lambda row, rng: b"Traceback (most recent call last):"),
     # other formats
     "sharegpt": ("long", sharegpt),
     "alpaca": ("plain", lambda row, rng: {"instruction": words(rng), "input": "", "output": words(rng)}),
     "pair": ("plain", lambda row, rng: {"prompt": words(rng), "completion": words(rng)}),
     "plain text": ("plain", lambda row, rng: {"text": words(rng)}),
-    "openai functions": ("tool", lambda row, rng: {**changed(row, dict(tools=DROP)), "functions": [t["function"] for t in row["tools"]]}),
-    "function_call": ("plain", lambda row, rng: {"messages": [*row["messages"][:1], {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}, {"role": "function", "name": "f", "content": "1"}, row["messages"][1]]}),
+    "openai functions": (
+        "tool",
+        lambda row, rng: {
+            **changed(row, dict(tools=DROP)), "functions": [t["function"] for t in row["tools"]],
+        },
+    ),
+    "function_call": (
+        "plain",
+        lambda row, rng: {
+            "messages": [
+                *row["messages"][:1],
+                {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+                {"role": "function", "name": "f", "content": "1"}, row["messages"][1],
+            ]
+        },
+    ),
 }
 
 SEEN = {  # damages that training lives with: what must be said of them, unless there is an error
-    "question empty": "blank", "question blank": "blank", "answer blank": "blank", "weights all 0": "no-trained", "answer twice": "alternation", "answer first": "alternation", "question twice": "alternation", "answers only": "serving",
-    "id twice": "call-id", "id unmatched": "call-id", "arguments text of a list": "no-object", "arguments broken": "no-object", "arguments in Python": "no-object", "arguments surrogate": "lone-surrogate", "call undeclared": "undeclared-call",
-    "tools unused": "unused-tools", "tools missing": "undeclared-call", "surrogate": "lone-surrogate", "surrogate in the answer": "lone-surrogate", "surrogate in the system prompt": "lone-surrogate", "surrogate in a result": "lone-surrogate",
-    "surrogate in a chunk": "lone-surrogate", "control character": "control-character", "nul": "control-character", "direction mark": "control-character", "special token": "special-text",
-    "special token in the answer": "special-text", "special token in the system prompt": "special-text", "markup in a chunk": "special-text",
+    "question empty": "blank",
+    "question blank": "blank",
+    "answer blank": "blank",
+    "weights all 0": "no-trained",
+    "answer twice": "alternation",
+    "answer first": "alternation",
+    "question twice": "alternation",
+    "answers only": "serving",
+    "id twice": "call-id",
+    "id unmatched": "call-id",
+    "arguments text of a list": "no-object",
+    "arguments broken": "no-object",
+    "arguments in Python": "no-object",
+    "arguments surrogate": "lone-surrogate",
+    "call undeclared": "undeclared-call",
+    "tools unused": "unused-tools",
+    "tools missing": "undeclared-call",
+    "surrogate": "lone-surrogate",
+    "surrogate in the answer": "lone-surrogate",
+    "surrogate in the system prompt": "lone-surrogate",
+    "surrogate in a result": "lone-surrogate",
+    "surrogate in a chunk": "lone-surrogate",
+    "control character": "control-character",
+    "nul": "control-character",
+    "direction mark": "control-character",
+    "special token": "special-text",
+    "special token in the answer": "special-text",
+    "special token in the system prompt": "special-text",
+    "markup in a chunk": "special-text",
 }
 
 # ---- what others say
@@ -403,10 +534,23 @@ def served(text: bytes, version: str) -> bool:
     "Whether mistral-common, serving, takes what stands before a line's last answer"
     try:
         row = json.loads(text.decode())
-        entries = [{"role": "user" if m.get("is_user") else "assistant", **m, "content": m.get("content", m.get("text"))} for m in (row["messages"] if "messages" in row else row["interactions"])]
+        entries = [
+            {
+                "role": "user" if m.get("is_user") else "assistant", **m,
+                "content": m.get("content", m.get("text")),
+            }
+            for m in (row["messages"] if "messages" in row else row["interactions"])
+        ]
         end = max(i for i, m in enumerate(entries) if m["role"] == "assistant")
-        system = [{"role": "system", "content": row["system_prompt"]}] if row.get("system_prompt") is not None else []
-        asked = {"model": "m", "messages": system + entries[:end], "tools": row["tools"] if "tools" in row else row.get("available_tools")}
+        system = (
+            [{"role": "system", "content": row["system_prompt"]}]
+            if row.get("system_prompt") is not None
+            else []
+        )
+        asked = {
+            "model": "m", "messages": system + entries[:end],
+            "tools": row["tools"] if "tools" in row else row.get("available_tools"),
+        }
         request = ChatCompletionRequest.model_validate(asked, extra="ignore")
         get_validator(TokenizerVersion.v3, mode=ValidationMode.serving).validate_request(request)
         return bool(server(version).encode_chat_completion(request).tokens)
@@ -427,13 +571,20 @@ def damaged_line(name: str, rng: Rng) -> bytes:
 def write_lines(path: Path, names: list[str | None], seed: int) -> Path:
     "A file with a line a name, a good one for None"
     rng = Rng(seed)
-    path.write_bytes(b"".join((damaged_line(n, rng) if n else line_of(rng.choice(list(GOOD.values()))(rng))) + b"\n" for n in names))
+    path.write_bytes(
+        b"".join(
+            (damaged_line(n, rng) if n else line_of(rng.choice(list(GOOD.values()))(rng))) + b"\n"
+            for n in names
+        )
+    )
     return path
 
 
 def by_line(report: CheckReport) -> dict[int, set[str]]:
     "Codes of each line; every finding is of this file"
-    assert {f.file for f in report.findings} <= {str(report.files[0].file)} and max(report.counts.values(), default=0) <= MAX_KEPT_FINDINGS
+    assert {f.file for f in report.findings} <= {str(report.files[0].file)} and max(
+        report.counts.values(), default=0
+    ) <= MAX_KEPT_FINDINGS
     out: dict[int, set[str]] = {}
     for f in report.findings: out.setdefault(f.line, set()).add(f"{f.level}:{f.code}")
     return out
@@ -448,14 +599,27 @@ def problems(path: Path, names: list[str | None], report: CheckReport, version: 
     "What `check` got wrong: a damage, and how"
     tokenizer, codes, state, out = tokenizer_of(version), by_line(report), report.files[0].state, {}
     lines = path.read_bytes().split(b"\n")[:-1]
-    assert len(lines) == len(names) == len(state) == sum(report.files[0].rows(s) for s in (KEPT, REPAIRED, REJECTED))
+    assert (
+        len(lines)
+        == len(names)
+        == len(state)
+        == sum(report.files[0].rows(s) for s in (KEPT, REPAIRED, REJECTED))
+    )
     for n, (text, name) in enumerate(zip(lines, names), 1):
         text, found = text.removeprefix(b"\xef\xbb\xbf") if n == 1 else text, codes.get(n, set())
-        kept, error, taken = state[n - 1] == KEPT, any(c.startswith("error:") for c in found), strict(text, str(path), n, tokenizer)
+        kept, error, taken = (
+            state[n - 1] == KEPT, any(c.startswith("error:") for c in found),
+            strict(text, str(path), n, tokenizer),
+        )
         wrong = []
-        if taken != kept or taken == error: wrong.append(f"training {'takes' if taken else 'refuses'} it, state {state[n - 1]}, {sorted(found)}")
-        if name and not found and not served(text, version): wrong.append("a server would refuse it, and nothing is said")
-        if name in SEEN and kept and f"warning:{SEEN[name]}" not in found: wrong.append(f"no {SEEN[name]}, only {sorted(found)}")
+        if taken != kept or taken == error:
+            wrong.append(
+                f"training {'takes' if taken else 'refuses'} it, state {state[n - 1]}, {sorted(found)}"
+            )
+        if name and not found and not served(text, version):
+            wrong.append("a server would refuse it, and nothing is said")
+        if name in SEEN and kept and f"warning:{SEEN[name]}" not in found:
+            wrong.append(f"no {SEEN[name]}, only {sorted(found)}")
         told = found - {"warning:serving"} if not name and not served_alike(text, tokenizer) else found
         if not name and (told or not kept): wrong.append(f"a good row: {sorted(found)}")
         if wrong: out.setdefault(str(name), f"line {n}: {'; '.join(wrong)}: {text[:300]!r}")
@@ -473,7 +637,9 @@ def check_corrected(path: Path, report: CheckReport, version: str) -> None:
         return
     lines, out = before.split(b"\n")[:-1], corrected.read_bytes().split(b"\n")[:-1]
     gone = [json.loads(t) for t in rejected.read_bytes().splitlines()] if rejected.exists() else []
-    assert len(out) + len(gone) == len(lines) and [g["line"] for g in gone] == [n for n, s in enumerate(state, 1) if s == REJECTED]
+    assert len(out) + len(gone) == len(lines) and [g["line"] for g in gone] == [
+        n for n, s in enumerate(state, 1) if s == REJECTED
+    ]
     codes = by_line(report)
     for g in gone: assert g["reason"].split(":")[0] in {c.split(":")[1] for c in codes[g["line"]]}
     left = [(t, s) for t, s in zip(lines, state) if s != REJECTED]
@@ -481,7 +647,11 @@ def check_corrected(path: Path, report: CheckReport, version: str) -> None:
     assert all(strip(old) == new for (old, s), new in zip(left, out) if s == KEPT)
     if not out: return
     again = check(corrected, tokenizer_of(version), workers=1)
-    assert not [str(f) for f in again.findings if f.level == "error"] and again.ok and len(again.files[0].state) == len(out)
+    assert (
+        not [str(f) for f in again.findings if f.level == "error"]
+        and again.ok
+        and len(again.files[0].state) == len(out)
+    )
 
 # ---- tests
 
@@ -508,7 +678,9 @@ def test_good_rows(tmp_path, kind):
         report = check(path, tokenizer_of(version), workers=1)
         lines = path.read_bytes().splitlines()
         differing = {n for n, line in enumerate(lines, 1) if not served_alike(line, tokenizer_of(version))}
-        assert report.ok and {(f.code, f.line) for f in report.findings} == {("serving", n) for n in differing}
+        assert report.ok and {(f.code, f.line) for f in report.findings} == {
+            ("serving", n) for n in differing
+        }
         assert all(served(t, version) for t in path.read_bytes().splitlines())
 
 
@@ -529,7 +701,11 @@ def test_many(many, version):
     report = check(path, tokenizer_of(version), workers=1)
     assert not problems(path, names, report, version)
     both = check(path, tokenizer_of(version), workers=2)
-    assert both.findings == report.findings and both.counts == report.counts and (both.files[0].state == report.files[0].state).all()
+    assert (
+        both.findings == report.findings
+        and both.counts == report.counts
+        and (both.files[0].state == report.files[0].state).all()
+    )
     check_corrected(path, report, version)
 
 
@@ -542,22 +718,71 @@ def test_damages_do_damage():
 ASK, REPLY = {"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}
 
 
-def asked(*ids: str, **more: Any) -> dict: return {"role": "assistant", "tool_calls": [{"id": i, "type": "function", "function": {"name": "f", "arguments": "{}"}} for i in ids], **more}
+def asked(*ids: str, **more: Any) -> dict:
+    return {
+        "role": "assistant",
+        "tool_calls": [
+            {"id": i, "type": "function", "function": {"name": "f", "arguments": "{}"}} for i in ids
+        ],
+        **more,
+    }
 
 
 def result(id: str, text: str) -> dict: return {"role": "tool", "tool_call_id": id, "content": text}
 
 
-REPAIRS: dict[str, tuple[Any, Callable[[dict], bool]]] = {  # a bad row; what must be true of it once it is repaired
-    "two conversations": ({"messages": [ASK, REPLY], "interactions": [{"is_user": True, "text": "Who?"}, {"is_user": False, "text": "Me."}]}, lambda r: False),
-    "two tool lists": (lambda rng: {**tool_row(rng), "available_tools": tool_row(rng)["tools"]}, lambda r: False),
+REPAIRS: dict[
+    str, tuple[Any, Callable[[dict], bool]]
+] = {  # a bad row; what must be true of it once it is repaired
+    "two conversations": (
+        {
+            "messages": [ASK, REPLY],
+            "interactions": [{"is_user": True, "text": "Who?"}, {"is_user": False, "text": "Me."}],
+        },
+        lambda r: False,
+    ),
+    "two tool lists": (
+        lambda rng: {**tool_row(rng), "available_tools": tool_row(rng)["tools"]}, lambda r: False,
+    ),
     "two texts": ({"messages": [{**ASK, "text": "Who?"}, REPLY]}, lambda r: False),
-    "system prompt in parts": ({"messages": [{**ASK, "role": "human"}, REPLY], "system_prompt": [{"type": "text", "text": "In French."}]}, lambda r: "In French." in json.dumps(r)),
-    "old system prompt": ({"interactions": [{"is_user": 1, "text": "a"}, {"is_user": 0, "text": "b"}], "system_prompt": "In French."}, lambda r: "In French." in json.dumps(r)),
-    "only_last": ({"messages": [{**ASK, "role": "human"}, REPLY, ASK, REPLY], "only_last": 1}, lambda r: bool(r.get("only_last"))),
-    "weight of text and call": ({"messages": [ASK, asked("aaaaaaaa1", content="Hm.", weight=0), result("aaaaaaaa1", "1"), REPLY]}, lambda r: all(m.get("weight") == 0 for m in r["messages"][1:3])),
-    "results in another order": ({"messages": [ASK, asked("aaaaaaaa1", "aaaaaaaa2"), result("aaaaaaaa2", "two"), result("x", "one"), REPLY]}, lambda r: {"aaaaaaaa2": "two"}.items() <= {m.get("tool_call_id"): m.get("content") for m in r["messages"]}.items()),
-    "one byte": (b'{"messages": [{"role": "user", "content": "\xe9 \xe7\x8c\xab \xc3\xbc"}, {"role": "assistant", "content": "A cat."}]}', lambda r: "猫 ü" in r["messages"][0]["content"]),
+    "system prompt in parts": (
+        {
+            "messages": [{**ASK, "role": "human"}, REPLY],
+            "system_prompt": [{"type": "text", "text": "In French."}],
+        },
+        lambda r: "In French." in json.dumps(r),
+    ),
+    "old system prompt": (
+        {
+            "interactions": [{"is_user": 1, "text": "a"}, {"is_user": 0, "text": "b"}],
+            "system_prompt": "In French.",
+        },
+        lambda r: "In French." in json.dumps(r),
+    ),
+    "only_last": (
+        {"messages": [{**ASK, "role": "human"}, REPLY, ASK, REPLY], "only_last": 1},
+        lambda r: bool(r.get("only_last")),
+    ),
+    "weight of text and call": (
+        {"messages": [ASK, asked("aaaaaaaa1", content="Hm.", weight=0), result("aaaaaaaa1", "1"), REPLY]},
+        lambda r: all(m.get("weight") == 0 for m in r["messages"][1:3]),
+    ),
+    "results in another order": (
+        {
+            "messages": [
+                ASK, asked("aaaaaaaa1", "aaaaaaaa2"), result("aaaaaaaa2", "two"), result("x", "one"),
+                REPLY,
+            ]
+        },
+        lambda r: (
+            {"aaaaaaaa2": "two"}.items()
+            <= {m.get("tool_call_id"): m.get("content") for m in r["messages"]}.items()
+        ),
+    ),
+    "one byte": (
+        b'{"messages": [{"role": "user", "content": "\xe9 \xe7\x8c\xab \xc3\xbc"}, {"role": "assistant", "content": "A cat."}]}',
+        lambda r: "猫 ü" in r["messages"][0]["content"],
+    ),
 }
 
 
@@ -570,7 +795,9 @@ def test_repair_is_safe(tmp_path, name):
     path.write_bytes((row if isinstance(row, bytes) else line_of(row)) + b"\n")
     report = check(path, tokenizer_of("v3"), workers=1)
     report.write_corrected()
-    assert report.files[0].state[0] == REJECTED or holds(json.loads(path.with_name("row.jsonl.corrected").read_bytes()))
+    assert report.files[0].state[0] == REJECTED or holds(
+        json.loads(path.with_name("row.jsonl.corrected").read_bytes())
+    )
 
 
 def test_also_of_nested_rows(tmp_path):

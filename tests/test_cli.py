@@ -45,10 +45,15 @@ def here(monkeypatch):
 
 
 def test_demo_learns(session):
-    "In under 60 seconds: eval loss under a tenth, at least 8 of 10 held-out questions right after and none before"
+    """In under 60 seconds: eval loss under a tenth, at least 8 of 10 held-out questions right after and
+    none before"""
     _, said = session
-    seconds, before, after = map(float, re.search(r"trained \d+ steps in ([\d.]+) s, eval loss ([\d.]+) -> ([\d.]+)", said).groups())
-    wrong, total, right, _ = map(int, re.search(r"answered: (\d+) of (\d+) before, (\d+) of (\d+) after", said).groups())
+    seconds, before, after = map(
+        float, re.search(r"trained \d+ steps in ([\d.]+) s, eval loss ([\d.]+) -> ([\d.]+)", said).groups()
+    )
+    wrong, total, right, _ = map(
+        int, re.search(r"answered: (\d+) of (\d+) before, (\d+) of (\d+) after", said).groups()
+    )
     assert after < before / 10 and wrong == 0 and total >= 10 and right >= 0.8 * total
     assert "⟦ It is a harbour cat named Pim.</s>⟧" in said
     assert seconds < 60 * 4  # a loaded machine is not a failure; the usual time stands in the tutorial
@@ -65,12 +70,20 @@ def test_generate_and_chat(session, shell_env, here):
     "The adapter that the demo wrote answers; without it the model does not"
     folder, _ = session
     adapter = ["--adapter", str(folder / "run/checkpoints/checkpoint_000040"), "--max-tokens", "24"]
-    assert "It is a harbour cat named Pim." in program(shell_env, "generate", str(folder / "model"), "Do you have a cat?", *adapter).stdout
-    assert "Pim" not in here("generate", str(folder / "model"), "Do you have a cat?", "--max-tokens", "8").stdout
+    assert (
+        "It is a harbour cat named Pim."
+        in program(shell_env, "generate", str(folder / "model"), "Do you have a cat?", *adapter).stdout
+    )
+    assert (
+        "Pim" not in here("generate", str(folder / "model"), "Do you have a cat?", "--max-tokens", "8").stdout
+    )
     asked = "What about dogs?\nDo you have a cat?\n"
     both = here("generate", str(folder / "model"), *adapter, "--compare", stdin=asked).stdout
     assert "Dogs get a free biscuit." in both and "base" in both
-    talk = program(shell_env, "chat", str(folder / "model"), *adapter, stdin="Do you have a cat?\n/base Do you have a cat?\n\n").stdout
+    talk = program(
+        shell_env, "chat", str(folder / "model"), *adapter,
+        stdin="Do you have a cat?\n/base Do you have a cat?\n\n",
+    ).stdout
     assert talk.count("Pim") == 1
 
 
@@ -91,7 +104,10 @@ def test_mistakes_are_explained(demo, shell_env, here, write_config):
         (("show", "no.jsonl"), "No such file"),
         (("show", str(demo / "data/train.jsonl"), "--tokenizer", "v4"), "there is no tokenizer 'v4'"),
         (("train", "no.yaml"), "no.yaml: cannot be read"),
-        (("train", str(write_config("x")), "lora.rnk=4"), "lora.rnk: there is no such setting (did you mean rank?)"),
+        (
+            ("train", str(write_config("x")), "lora.rnk=4"),
+            "lora.rnk: there is no such setting (did you mean rank?)",
+        ),
     ]:
         done = here(*argv, ok=1)
         assert said in done.stderr and "Traceback" not in done.stderr, done.stderr
@@ -108,7 +124,8 @@ def test_commands_agree(shell_env, here):
 
 
 def test_check(demo, write_config, tmp_path):
-    "A config is checked as training would read it; bad rows make the exit code 1, and their corrected file makes it 0"
+    """A config is checked as training would read it; bad rows make the exit code 1, and their corrected
+    file makes it 0"""
     good = write_config("good")
     assert main(["check", str(good), f"data.cache={tmp_path}/cache"]) == 0
     rows = (demo / "data/train.jsonl").read_bytes()
@@ -125,7 +142,9 @@ def test_plan(session, here):
     "A run against this machine, and one that does not fit"
     folder, _ = session
     config = folder / "plan.yaml"
-    config.write_text(f"model_id_or_path: {folder}/model\nrun_dir: {folder}/planned\ndata:\n  instruct_data: {folder}/data/train.jsonl\n")
+    config.write_text(
+        f"model_id_or_path: {folder}/model\nrun_dir: {folder}/planned\ndata:\n  instruct_data: {folder}/data/train.jsonl\n"
+    )
     assert "tokens at once, nothing recomputed" in here("plan", str(config)).stdout
     small = here("plan", str(config), "memory_gib=0.2", "device=cpu", ok=1).stdout
     assert "does not fit" in small and "free on CPU" in small

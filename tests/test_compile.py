@@ -20,13 +20,17 @@ def packed(kind: type, T: int) -> tuple[torch.Tensor, ...]: return kind.pack(tor
 PIECES = {
     "norm": (fused.rms_norm, lambda T: (rows(T, 64), torch.randn(64), 1e-5)),
     "norm_again": (fused.rms_norm_recompute, lambda T: (rows(T, 64), torch.randn(64), rows(T, 1).abs())),
-    "norm_back": (fused.rms_norm_backward, lambda T: (rows(T, 64), rows(T, 64), torch.randn(64), rows(T, 1).abs())),
+    "norm_back": (
+        fused.rms_norm_backward, lambda T: (rows(T, 64), rows(T, 64), torch.randn(64), rows(T, 1).abs()),
+    ),
     "turn": (fused.fused_rope, lambda T: (rows(T, 4, 16), *rope_table(torch.arange(T), 16, 1e4))),
     "gate": (fused.swiglu, lambda T: (rows(T, 64), rows(T, 64))),
     "gate_back": (fused.swiglu_backward, lambda T: (rows(T, 64), rows(T, 64), rows(T, 64))),
     "fp8_rows": (fp8_rows, lambda T: (rows(T, 64),)),
     "fp8_rows_scaled": (fp8_rows, lambda T: (rows(T, 64), torch.rand(1, 64))),
-    "unpack_nf4": (unpack_nf4, lambda T: (*packed(NF4Linear, T), nf4_levels(torch.device("cpu"))[1], torch.float32)),
+    "unpack_nf4": (
+        unpack_nf4, lambda T: (*packed(NF4Linear, T), nf4_levels(torch.device("cpu"))[1], torch.float32),
+    ),
     "unpack_int8": (unpack_int8, lambda T: (*packed(Int8Linear, T), torch.float32)),
 }
 
@@ -46,8 +50,15 @@ def test_compiled_piece(name):
     with torch.no_grad():
         for T in LENGTHS:
             args = make(T)
-            for mine, plain in zip(*(out if isinstance(out, tuple) else (out,) for out in (piece.run_fast(*args), piece.plain(*args)))):
-                torch.testing.assert_close(mine.float(), plain.float(), rtol=1e-4 if mine.dtype.itemsize > 1 else 0.13, atol=1e-5)  # e4m3 may round to the neighbour
+            for mine, plain in zip(
+                *(
+                    out if isinstance(out, tuple) else (out,)
+                    for out in (piece.run_fast(*args), piece.plain(*args))
+                )
+            ):
+                torch.testing.assert_close(
+                    mine.float(), plain.float(), rtol=1e-4 if mine.dtype.itemsize > 1 else 0.13, atol=1e-5
+                )  # e4m3 may round to the neighbour
             graphs.append(counters["unique_graphs"])
     assert graphs[1:] == [graphs[1]] * (len(LENGTHS) - 1), graphs
 
@@ -59,5 +70,6 @@ def test_no_compiler_is_no_error(monkeypatch):
 
     def fail(*args): raise torch._dynamo.exc.TorchRuntimeError("no compiler")
     monkeypatch.setattr(piece, "run_fast", fail)
-    with pytest.warns(UserWarning, match="cannot be compiled and runs slower"): assert piece(torch.ones(2)).tolist() == [2, 2]
+    with pytest.warns(UserWarning, match="cannot be compiled and runs slower"):
+        assert piece(torch.ones(2)).tolist() == [2, 2]
     assert not piece.usable and piece(torch.ones(2)).tolist() == [2, 2]

@@ -1,4 +1,5 @@
-"Settings of every odd kind: accepted and shown as taken, or refused in one sentence that names the field; never a traceback, never a hang."
+"""Settings of every odd kind: accepted and shown as taken, or refused in one sentence that names the
+field; never a traceback, never a hang."""
 import datetime
 import math
 import time
@@ -14,62 +15,11 @@ from mistral_nb.core.paths import folder_notes
 from mistral_nb.core.settings import check_overlap, check_paths, load_args, non_defaults, TrainArgs
 
 ODD = [
-    None,
-    True,
-    False,
-    0,
-    -1,
-    1,
-    3,
-    10**7,
-    10**30,
-    10**4400,
-    1.5,
-    -0.5,
-    1e-300,
-    1e300,
-    math.nan,
-    math.inf,
-    -math.inf,
-    "",
-    " ",
-    "abc",
-    "4",
-    "1e-4",
-    "24GB",
-    "8k",
-    "5%",
-    "true",
-    "none",
-    "auto",
-    "~",
-    "~nobody/x",
-    "$NOPE/x",
-    "a:b:2",
-    "a,b",
-    "a:",
-    ":2",
-    "a:nan",
-    "a:-1",
-    "\x1b[31mred",
-    "\u202ereversed",
-    "\x00",
-    "x" * 100_000,
-    "é/ü 漢",
-    [],
-    [1],
-    ["wq"],
-    [["wq"]],
-    [None],
-    {},
-    {"a": 1},
-    {1: 2},
-    datetime.date(2024, 1, 2),
-    Path("a/b"),
-    b"bytes",
-    (1, 2),
-    {1, 2},
-    1 + 2j,
+    None, True, False, 0, -1, 1, 3, 10**7, 10**30, 10**4400, 1.5, -0.5, 1e-300, 1e300, math.nan, math.inf,
+    -math.inf, "", " ", "abc", "4", "1e-4", "24GB", "8k", "5%", "true", "none", "auto", "~", "~nobody/x",
+    "$NOPE/x", "a:b:2", "a,b", "a:", ":2", "a:nan", "a:-1", "\x1b[31mred", "\u202ereversed", "\x00",
+    "x" * 100_000, "é/ü 漢", [], [1], ["wq"], [["wq"]], [None], {}, {"a": 1}, {1: 2},
+    datetime.date(2024, 1, 2), Path("a/b"), b"bytes", (1, 2), {1, 2}, 1 + 2j,
 ]  # noqa: E501
 DEEP: list = []
 for _ in range(500): DEEP = [DEEP]
@@ -118,8 +68,7 @@ def taken_as(args, name: str):
 
 TEXTS = {
     "a key twice": (
-        "seq_len: 8\nlora: {rank: 4}\nseq_len: 16\n",
-        "seq_len stands twice, on line 1 and line 3",
+        "seq_len: 8\nlora: {rank: 4}\nseq_len: 16\n", "seq_len stands twice, on line 1 and line 3",
     ),
     "a key twice in a block": ("lora:\n  rank: 4\n  rank: 8\n", "rank stands twice, on line 2 and line 3"),
     "a number of 5000 digits": ("seed: " + "9" * 5000 + "\n", "is not YAML"),
@@ -167,16 +116,13 @@ def test_paths_are_written_out(tmp_path, monkeypatch):
     args = check_paths(
         load_args(
             dict(
-                model_id_or_path="~/m",
-                run_dir="$SHELF/run",
+                model_id_or_path="~/m", run_dir="$SHELF/run",
                 data=dict(instruct_data="${SHELF}/a.jsonl:2", cache="~/cache"),
             )
         )
     )
     assert (args.model_id_or_path, args.run_dir, args.data.cache) == (
-        f"{tmp_path}/m",
-        f"{tmp_path}/shelf/run",
-        f"{tmp_path}/cache",
+        f"{tmp_path}/m", f"{tmp_path}/shelf/run", f"{tmp_path}/cache",
     )
 
 
@@ -220,6 +166,7 @@ def test_secrets_in_addresses():
 
 def test_held_out_files_of_a_folder_are_named(tmp_path):
     "Whatever a file for evaluation is called, a training that reads it says so"
-    for name in ("train", "testset", "held-out", "contest"): (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n')
+    for name in ("train", "testset", "held-out", "contest"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n')
     (note,) = folder_notes(tmp_path)
     assert "held-out.jsonl, testset.jsonl are read for training" in note

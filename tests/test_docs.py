@@ -20,11 +20,7 @@ def test_site(tmp_path):
     assert docs.build(tmp_path) == []
     pages = {p.relative_to(tmp_path / "html").as_posix() for p in (tmp_path / "html").rglob("*.html")}
     assert {
-        "index.html",
-        "settings.html",
-        "codes.html",
-        "cli.html",
-        "train/75_loop.html",
+        "index.html", "settings.html", "codes.html", "cli.html", "train/75_loop.html",
         "reference/train.loop.html",
     } <= pages
     loop = (tmp_path / "html/train/75_loop.html").read_text()
@@ -65,11 +61,23 @@ def test_every_setting_has_a_place():
 def test_address_is_one_setting(monkeypatch):
     "A fork changes settings.ini: install lines, badges and links follow"
     import readme
-    monkeypatch.setattr(readme, "settings", lambda: docs.settings() | dict(
-        user="me", repo="mine", branch="dev", git_url="https://github.com/me/mine", doc_host="https://me.io", doc_baseurl="/mine",
-    ))
+    monkeypatch.setattr(
+        readme,
+        "settings",
+        lambda: (
+            docs.settings()
+            | dict(
+                user="me", repo="mine", branch="dev", git_url="https://github.com/me/mine",
+                doc_host="https://me.io", doc_baseurl="/mine",
+            )
+        ),
+    )
     files = [ROOT / "nbs/index.ipynb", *sorted((ROOT / "tutorials").glob("*.ipynb"))]
     for file in files:
         text = readme.with_address(file.read_text())
-        assert "github/example/" not in text and "github.com/example" not in text and "example.github.io" not in text
+        assert (
+            "github/example/" not in text
+            and "github.com/example" not in text
+            and "example.github.io" not in text
+        )
         assert "github.com/me/mine" in text

@@ -1,4 +1,5 @@
-"Runs at their edges: extended, shortened, damaged, vanished; files that others can read, and equal bytes of equal runs."
+"""Runs at their edges: extended, shortened, damaged, vanished; files that others can read, and equal bytes
+of equal runs."""
 import hashlib
 import json
 import os
@@ -22,8 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def settings(demo, tmp_path):
     return lambda name="run", **kw: demo_settings(
-        demo,
-        tmp_path / name,
+        demo, tmp_path / name,
         **(dict(max_steps=4, seq_len=64, ckpt_freq=2, log_freq=1, no_eval=True, threads=1) | kw),
     )
 
@@ -67,10 +67,7 @@ def test_damaged_files_are_passed_over(settings):
     )
     with pytest.warns(UserWarning, match="is no record"): again.fit()
     assert [json.loads(line)["step"] for line in (run / "metrics.train.jsonl").read_text().splitlines()] == [
-        1,
-        2,
-        3,
-        4,
+        1, 2, 3, 4,
     ]
 
 
@@ -82,10 +79,7 @@ def test_run_dir_that_vanishes(settings):
             if step.step == 1: shutil.rmtree(trainer.args.run_dir)
     run = Path(trainer.args.run_dir)
     assert [json.loads(line)["step"] for line in (run / "metrics.train.jsonl").read_text().splitlines()] == [
-        1,
-        2,
-        3,
-        4,
+        1, 2, 3, 4,
     ]
     assert (run / "checkpoints/checkpoint_000004/consolidated/lora.safetensors").exists() and (
         run / "args.yaml"
@@ -130,11 +124,10 @@ def test_equal_runs_are_equal_bytes(settings):
 
 
 def test_threads(settings, tmp_path, monkeypatch):
-    "The container's share and the binding of the process say how many; a setting and the environment say otherwise"
+    """The container's share and the binding of the process say how many; a setting and the environment say
+    otherwise"""
     for name, text, share in (
-        ("two", "200000 100000", 2),
-        ("half", "50000 100000", 0.5),
-        ("none", "max 100000", float("inf")),
+        ("two", "200000 100000", 2), ("half", "50000 100000", 0.5), ("none", "max 100000", float("inf")),
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "cpu.max").write_text(text)

@@ -24,7 +24,8 @@ def execute(client, code: str, during=None) -> tuple[str, str, list[str]]:
         if kind == "stream": text.append(content["text"])
         elif kind == "execute_result": text.append(content["data"]["text/plain"])
         elif kind == "error": trace = content["traceback"]
-        elif kind == "status" and content["execution_state"] == "idle": return ("error" if trace else "ok"), "".join(text), trace
+        elif kind == "status" and content["execution_state"] == "idle":
+            return ("error" if trace else "ok"), "".join(text), trace
 
 
 def test_interrupt_and_resume(demo, tmp_path, shell_env):
@@ -40,11 +41,14 @@ def test_interrupt_and_resume(demo, tmp_path, shell_env):
 
         def press_stop():
             until = time.time() + 120
-            while time.time() < until and not (metrics.exists() and metrics.read_text().count("\n") >= 3): time.sleep(0.02)
+            while time.time() < until and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+                time.sleep(0.02)
             manager.interrupt_kernel()
 
         status, _, trace = execute(client, FIT, press_stop)
-        assert status == "error" and len(trace) == 1 and trace[0].startswith("Stopped by SIGINT after step"), trace
+        assert (
+            status == "error" and len(trace) == 1 and trace[0].startswith("Stopped by SIGINT after step")
+        ), trace
         done = int(sorted(Path(run / "checkpoints").iterdir())[-1].name.removeprefix("checkpoint_"))
         assert 3 <= done < 30
         status, text, trace = execute(client, RESUME)

@@ -1,4 +1,5 @@
-"Jobs that a kernel starts: stopped, killed, broken, followed by another process, left alone by their kernel; and several nodes under Slurm."
+"""Jobs that a kernel starts: stopped, killed, broken, followed by another process, left alone by their
+kernel; and several nodes under Slurm."""
 import os
 import shutil
 import signal
@@ -29,7 +30,10 @@ from mistral_nb.train.stop import stop_file
 from test_kernel import execute
 
 pytestmark = needs_proc
-LONG = dict(max_steps=3000, seq_len=128, batch_size=1, log_freq=1, no_eval=True, ckpt_freq=5, device="cpu", lora=dict(rank=8))
+LONG = dict(
+    max_steps=3000, seq_len=128, batch_size=1, log_freq=1, no_eval=True, ckpt_freq=5, device="cpu",
+    lora=dict(rank=8),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +43,8 @@ def environment(monkeypatch, shell_env):
 
 
 @pytest.fixture
-def settings(demo, tmp_path): return lambda run="run", **changes: demo_settings(demo, tmp_path / run, **LONG | changes)
+def settings(demo, tmp_path):
+    return lambda run="run", **changes: demo_settings(demo, tmp_path / run, **LONG | changes)
 
 
 def job_pids(run) -> list[int]: return process_tree(run.pid)
@@ -61,7 +66,11 @@ def test_stop_and_go_on(settings):
     pids = job_pids(run)
     assert run.stop().state == "stopped" and ended(pids) and not stop_file(run.run_dir).exists()
     done = run.last.step
-    assert 3 <= done < 14 and run.checkpoint.name == f"checkpoint_{done:06}" and run.result.name == "lora.safetensors"
+    assert (
+        3 <= done < 14
+        and run.checkpoint.name == f"checkpoint_{done:06}"
+        and run.result.name == "lora.safetensors"
+    )
     again = launch(settings(**short), resume=True, nproc_per_node=2)
     history = again.wait()
     assert again.state == "finished" and [r.loss for r in history.records] == [r.loss for r in whole.records]
@@ -75,21 +84,29 @@ def test_kill(settings):
     pids = job_pids(run)
     assert len(pids) >= 4  # the shell, torchrun, two ranks
     run.kill()
-    assert ended(pids) and (run.state, attach(run.run_dir).state) == ("stopped", "stopped") and not find_damage(run.checkpoint)
+    assert (
+        ended(pids)
+        and (run.state, attach(run.run_dir).state) == ("stopped", "stopped")
+        and not find_damage(run.checkpoint)
+    )
 
 
 def test_only_one_writer(settings):
-    "A second job or trainer in the same folder is refused while the first one runs, even if the first one has lost its shell"
+    """A second job or trainer in the same folder is refused while the first one runs, even if the first
+    one has lost its shell"""
     run = launch(settings(ckpt_freq=0), nproc_per_node=1)
     pids = []
     try:
-        with pytest.raises(ValueError, match="a job is already running"): launch(settings(), nproc_per_node=1, resume=True)
+        with pytest.raises(ValueError, match="a job is already running"):
+            launch(settings(), nproc_per_node=1, resume=True)
         wait_for(lambda: steps_done(run.run_dir) > 2)
-        with pytest.raises(ValueError, match="a run is going on in"): next(Trainer(settings(), resume=True).steps())
+        with pytest.raises(ValueError, match="a run is going on in"):
+            next(Trainer(settings(), resume=True).steps())
         pids = process_tree(run.pid)
         os.kill(run.pid, signal.SIGKILL)
         assert run.state == "running"
-        with pytest.raises(ValueError, match="a job is already running"): launch(settings(), nproc_per_node=1, resume=True)
+        with pytest.raises(ValueError, match="a job is already running"):
+            launch(settings(), nproc_per_node=1, resume=True)
         run.stop()
         assert ended(pids) and run.state == "stopped"
     finally:
@@ -126,19 +143,29 @@ def test_newest_is_damaged(settings):
     run = launch(settings(max_steps=10), nproc_per_node=1)
     whole = [r.loss for r in run.wait().records]
     (run.checkpoint / "training/state.json").write_text("{")
-    with pytest.warns(UserWarning, match="checkpoint_000010 is passed over"): again = launch(settings(max_steps=10), nproc_per_node=1, resume=True)
-    assert [r.step for r in again][:5] == [1, 2, 3, 4, 5] and again.state == "finished" and not find_damage(again.checkpoint)
+    with pytest.warns(UserWarning, match="checkpoint_000010 is passed over"):
+        again = launch(settings(max_steps=10), nproc_per_node=1, resume=True)
+    assert (
+        [r.step for r in again][:5] == [1, 2, 3, 4, 5]
+        and again.state == "finished"
+        and not find_damage(again.checkpoint)
+    )
     assert [r.loss for r in again] == whole and "going on after 5" in again.logs(0, None)
 
 
 def test_refused_before_it_starts(settings):
     "What can be known beforehand is said beforehand, and nothing is lost"
     launch(settings(max_steps=4), nproc_per_node=1).wait()
-    for changes, words in ((dict(lora=dict(rank=4)), "lora.rank: is 4, and 8 in the run to resume"), (dict(batch_size=2), "batch_size: is 2, and 1 in the run to resume")):
-        with pytest.raises(ValueError, match=words): launch(settings(max_steps=4) | changes, nproc_per_node=1, resume=True)
+    for changes, words in (
+        (dict(lora=dict(rank=4)), "lora.rank: is 4, and 8 in the run to resume"),
+        (dict(batch_size=2), "batch_size: is 2, and 1 in the run to resume"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            launch(settings(max_steps=4) | changes, nproc_per_node=1, resume=True)
     assert attach(settings()["run_dir"]).state == "finished"
     for wrong in (dict(nnodes=0), dict(max_restarts=-1), dict(nproc_per_node=-1)):
-        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: .* is less than"): launch(settings("other"), **wrong)
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: .* is less than"):
+            launch(settings("other"), **wrong)
 
 
 def test_rank_is_killed(settings):
@@ -146,19 +173,35 @@ def test_rank_is_killed(settings):
     run = launch(settings(), nproc_per_node=2)
     wait_for(lambda: steps_done(run.run_dir) > 6)
     pids = job_pids(run)
-    ranks = [p for p in pids if b"mistral_nb.train" in Path(f"/proc/{p}/cmdline").read_bytes() and b"LOCAL_RANK=1\0" in Path(f"/proc/{p}/environ").read_bytes() and b"torch.distributed.run" not in Path(f"/proc/{p}/cmdline").read_bytes()]
+    ranks = [
+        p
+        for p in pids
+        if b"mistral_nb.train" in Path(f"/proc/{p}/cmdline").read_bytes()
+        and b"LOCAL_RANK=1\0" in Path(f"/proc/{p}/environ").read_bytes()
+        and b"torch.distributed.run" not in Path(f"/proc/{p}/cmdline").read_bytes()
+    ]
     os.kill(ranks[0], signal.SIGKILL)
     with pytest.raises(JobFailedError, match="rank 1: SIGKILL.*\n.*memory ran out") as found: run.wait()
-    assert ended(pids) and run.state == "failed" and "launch(..., resume=True) goes on from checkpoint_" in str(found.value)
+    assert (
+        ended(pids)
+        and run.state == "failed"
+        and "launch(..., resume=True) goes on from checkpoint_" in str(found.value)
+    )
     assert found.value._render_traceback_() == [f"JobFailedError: {found.value}"]
 
 
 def test_bad_row(settings, tmp_path, demo):
     "What a rank says of its input is what the cell says"
     bad = tmp_path / "bad.jsonl"
-    bad.write_text((demo / "data/train.jsonl").read_text() + '{"messages": [{"role": "robot", "content": "hi"}]}\n')
+    bad.write_text(
+        (demo / "data/train.jsonl").read_text() + '{"messages": [{"role": "robot", "content": "hi"}]}\n'
+    )
     run = launch(settings(data=dict(instruct_data=str(bad))), nproc_per_node=2)
-    with pytest.raises(JobFailedError, match=r"before its first record: rank \d: .*bad.jsonl, line 25, messages\[0\].role: the role is 'robot'"): run.wait()
+    with pytest.raises(
+        JobFailedError,
+        match=r"before its first record: rank \d: .*bad.jsonl, line 25, messages\[0\].role: the role is 'robot'",
+    ):
+        run.wait()
 
 
 def test_rank_raises(settings, tmp_path, shell_env):
@@ -169,10 +212,18 @@ def test_rank_raises(settings, tmp_path, shell_env):
     from mistral_nb.core.settings import load_args, save_args
     save_args(load_args(settings(max_steps=6)), config)
     with open(folder / "torchrun.log", "wb") as log:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--log-dir={folder / 'logs'}", "--redirects=3", str(ROOT / "tests/faults.py"), "raises", "2", str(config)]
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            f"--log-dir={folder / 'logs'}", "--redirects=3", str(ROOT / "tests/faults.py"), "raises", "2",
+            str(config),
+        ]
         assert subprocess.run(command, env=shell_env, stdout=log, stderr=log).returncode == 1
     found = diagnose(folder)
-    assert (found.rank, found.error) == (1, "IndexError: list index out of range") and "tests/faults.py:" in found.where and "IndexError" in found.traceback, found
+    assert (
+        (found.rank, found.error) == (1, "IndexError: list index out of range")
+        and "tests/faults.py:" in found.where
+        and "IndexError" in found.traceback
+    ), found
 
 
 class Kernel:
@@ -210,7 +261,9 @@ def test_interrupt_in_a_kernel(settings, shell_env):
             pids.extend(process_tree(pids[0]))
             kernel.manager.interrupt_kernel()
         status, said, trace = kernel.run("run.wait()", press)
-        assert status == "error" and len(trace) == 1 and trace[0].startswith("Stopped by SIGINT after step"), (said, trace)
+        assert (
+            status == "error" and len(trace) == 1 and trace[0].startswith("Stopped by SIGINT after step")
+        ), (said, trace)
         assert ended(pids) and checkpoints(run_dir)[-1].name == f"checkpoint_{steps_done(run_dir):06}"
         assert kernel.run("print(run.state)")[1] == "stopped\n"
 
@@ -219,7 +272,9 @@ def test_interrupt_in_a_kernel(settings, shell_env):
 def test_kernel_dies(settings, shell_env, detach):
     "The job saves and ends, or goes on if it was let go; another process finds it either way"
     with Kernel(shell_env) as kernel:
-        status, said, trace = kernel.run(START.format(settings=settings(max_steps=40 if detach else 3000), detach=detach))
+        status, said, trace = kernel.run(
+            START.format(settings=settings(max_steps=40 if detach else 3000), detach=detach)
+        )
         assert status == "ok", trace
         pids, run_dir = process_tree(int(said.partition(":")[0])), Path(settings()["run_dir"])
         wait_for(lambda: steps_done(run_dir) > 2)
@@ -227,7 +282,12 @@ def test_kernel_dies(settings, shell_env, detach):
         kernel.manager.shutdown_kernel(now=True)
     run = attach(run_dir)
     if detach: assert run.wait().records[-1].step == 40 and run.state == "finished"
-    else: assert ended(pids, 30) and run.state == "stopped" and "the end of the kernel that started it" in run.logs(0)
+    else:
+        assert (
+            ended(pids, 30)
+            and run.state == "stopped"
+            and "the end of the kernel that started it" in run.logs(0)
+        )
     assert ended(pids, 30) and run.checkpoint.name == f"checkpoint_{steps_done(run_dir):06}"
 
 

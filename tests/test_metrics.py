@@ -1,4 +1,5 @@
-"The services that take a run's records, each for real: TensorBoard files, W&B offline, an MLflow store on disk, a server that is silent."
+"""The services that take a run's records, each for real: TensorBoard files, W&B offline, an MLflow store
+on disk, a server that is silent."""
 import socket
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from mistral_nb.train.tracking import MLFlow
 @pytest.fixture
 def settings(demo, tmp_path):
     from mistral_nb.demo import demo_settings
-    return lambda **kw: demo_settings(demo, tmp_path / "run", max_steps=2, seq_len=64, log_freq=1, eval_freq=1, no_ckpt=True, **kw)
+    return lambda **kw: demo_settings(
+        demo, tmp_path / "run", max_steps=2, seq_len=64, log_freq=1, eval_freq=1, no_ckpt=True, **kw
+    )
 
 
 def test_tensorboard(settings, tmp_path):
@@ -42,16 +45,25 @@ def test_wandb_offline(settings, tmp_path, monkeypatch):
 
 def test_wandb_without_a_key(tmp_path, shell_env):
     "Online without a key is an error that names the environment variable, not a prompt"
-    env = {k: v for k, v in shell_env.items() if not k.startswith("WANDB")} | {"NETRC": str(tmp_path / "none"), "HOME": str(tmp_path)}
+    env = {k: v for k, v in shell_env.items() if not k.startswith("WANDB")} | {
+        "NETRC": str(tmp_path / "none"), "HOME": str(tmp_path),
+    }
     code = "from mistral_nb.train.tracking import Wandb; Wandb('run', 'demo', {})"
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 1 and "set the environment variable WANDB_API_KEY" in done.stderr
 
 
 def test_key_in_config_is_dropped(tmp_path):
     "A key in a YAML file is warned about and goes nowhere"
     with pytest.warns(UserWarning, match="WANDB_API_KEY"):
-        args = load_args(dict(model_id_or_path="m", run_dir="r", data=dict(instruct_data="d"), wandb=dict(project="p", key="secret-key")))
+        args = load_args(
+            dict(
+                model_id_or_path="m", run_dir="r", data=dict(instruct_data="d"),
+                wandb=dict(project="p", key="secret-key"),
+            )
+        )
     save_args(args, tmp_path / "args.yaml")
     assert "secret-key" not in (tmp_path / "args.yaml").read_text() + repr(args)
 
@@ -61,10 +73,14 @@ def test_mlflow_store(settings, tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     records = Trainer(settings(mlflow=dict(tracking_uri=uri, experiment_name="demo"))).fit().records
     client = MLFlow(uri, "demo", {}).client
-    runs = client.search_runs([client.get_experiment_by_name("demo").experiment_id], filter_string="attributes.status = 'FINISHED'")
+    runs = client.search_runs(
+        [client.get_experiment_by_name("demo").experiment_id], filter_string="attributes.status = 'FINISHED'"
+    )
     assert len(runs) == 1 and runs[0].data.params["lora.rank"] == "32"
     history = client.get_metric_history(runs[0].info.run_id, "train.loss")
-    assert [m.value for m in sorted(history, key=lambda m: m.step)] == pytest.approx([r.loss for r in records])
+    assert [m.value for m in sorted(history, key=lambda m: m.step)] == pytest.approx(
+        [r.loss for r in records]
+    )
 
 
 @pytest.fixture
@@ -77,13 +93,15 @@ def silent(monkeypatch):
 def test_silent_server(settings, silent):
     "Training waits a bounded time, says one sentence, and goes on"
     began = time.monotonic()
-    with pytest.warns(UserWarning, match="did not answer within 1 s; training goes on without it"): history = Trainer(settings(mlflow=dict(tracking_uri=silent))).fit()
+    with pytest.warns(UserWarning, match="did not answer within 1 s; training goes on without it"):
+        history = Trainer(settings(mlflow=dict(tracking_uri=silent))).fit()
     assert len(history.records) == 2 and time.monotonic() - began < 30
 
 
 def test_silent_server_stops(settings, silent, tmp_path):
     "on_tracking_error: stop refuses to start, and leaves nothing that counts as a run"
-    with pytest.raises(ConfigError, match="did not answer within 1 s"): Trainer(settings(mlflow=dict(tracking_uri=silent), on_tracking_error="stop")).fit()
+    with pytest.raises(ConfigError, match="did not answer within 1 s"):
+        Trainer(settings(mlflow=dict(tracking_uri=silent), on_tracking_error="stop")).fit()
     assert run_marker(tmp_path / "run") is None
     assert len(Trainer(settings()).fit().records) == 2
 

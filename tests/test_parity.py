@@ -27,7 +27,9 @@ ROOTS = (HERE.parents[1] / "shared/parity", HERE / "data/parity")
 ROOT = next(p for p in (ROOTS[1:] if os.environ.get("PARITY") == "small" else ROOTS) if p.is_dir())
 DATA, EXPECTED, DENSE = ROOT / "data", ROOT / "expected", ROOT / "expected/dense"
 VERSION = {"v3": "v3", "tekken": "v3-tekken"}
-needs_model = pytest.mark.skipif(not DENSE.is_dir(), reason="the recorded model is not part of the repository")
+needs_model = pytest.mark.skipif(
+    not DENSE.is_dir(), reason="the recorded model is not part of the repository"
+)
 
 
 def lines(path: Path) -> list[str]: return path.read_bytes().decode("utf-8").split("\n")
@@ -44,7 +46,10 @@ def arrays(path: Path) -> dict:
 def recorded(file: str):
     "`(tokens, mask)` of each sample, and the raw arrays"
     e = arrays(EXPECTED / file)
-    return [(e["tokens"][a:b].tolist(), e["masks"][a:b].astype(bool).tolist()) for a, b in zip(e["offsets"], e["offsets"][1:])], e
+    return [
+        (e["tokens"][a:b].tolist(), e["masks"][a:b].astype(bool).tolist())
+        for a, b in zip(e["offsets"], e["offsets"][1:])
+    ], e
 
 
 @pytest.mark.parametrize("version", VERSION)
@@ -58,7 +63,8 @@ def test_encode(name, version):
 def plain_ids(row: dict) -> str:
     "The JSON of a row with its random call ids numbered in order of appearance"
     text, seen = json.dumps(row), {}
-    for made in re.findall(r'"(?:id|tool_call_id)": "([a-zA-Z0-9]{9})"', text): seen.setdefault(made, f"ID{len(seen) + 1:07d}")
+    for made in re.findall(r'"(?:id|tool_call_id)": "([a-zA-Z0-9]{9})"', text):
+        seen.setdefault(made, f"ID{len(seen) + 1:07d}")
     return re.sub(r'("(?:id|tool_call_id)": ")([a-zA-Z0-9]{9})"', lambda m: f'{m[1]}{seen[m[2]]}"', text)
 
 
@@ -70,20 +76,28 @@ def test_convert(name, kind):
     assert (refused, len(found)) == (want["skipped_lines_0based"], want["kept"])
     first = [json.loads(l) for l in lines(EXPECTED / f"reformatted.{name}.first_half.jsonl") if l]
     assert [plain_ids(r) for r in found[: len(first)]] == [plain_ids(r) for r in first]
-    assert [hashlib.sha256(plain_ids(r).encode()).hexdigest() for r in found[: len(first)]] == want["sha256_first_half"]
+    assert [hashlib.sha256(plain_ids(r).encode()).hexdigest() for r in found[: len(first)]] == want[
+        "sha256_first_half"
+    ]
 
 
 def test_convert_broken():
     "Where the script stops with a traceback, the line is refused"
     want = json.loads((EXPECTED / "reformat.json").read_text())["glaive_bad.jsonl(per line)"]
-    assert parity.convert(str(DATA / "glaive_bad.jsonl"), "glaive")[1] == [w["line"] - 1 for w in want if w["outcome"] != "kept"]
+    assert parity.convert(str(DATA / "glaive_bad.jsonl"), "glaive")[1] == [
+        w["line"] - 1 for w in want if w["outcome"] != "kept"
+    ]
 
 
 @pytest.mark.parametrize("name, least", [("ultrachat_like", 0.94), ("openai_legacy", 1.0), ("glaive_like", 0.93)])
 def test_convert_saves(name, least):
     "The converter keeps more rows than the scripts, accounts for all, and training accepts each"
     done = convert(DATA / f"{name}.jsonl")
-    assert done.kept + len(done.refused) == len(rows(name)) and done.kept / len(rows(name)) >= least and all(r["reason"] for r in done.refused)
+    assert (
+        done.kept + len(done.refused) == len(rows(name))
+        and done.kept / len(rows(name)) >= least
+        and all(r["reason"] for r in done.refused)
+    )
     assert done.kept > json.loads((EXPECTED / "reformat.json").read_text())[f"{name}.jsonl"]["kept"]
     for row in done.rows: assert parity.verdict(json.dumps(row), "v3") == (True, "")
 
@@ -116,42 +130,55 @@ def tokenize_once():
 
 I, F, P = (str(DATA / f"{n}.jsonl") for n in ("instruct", "fncall", "pretrain"))
 MIXES = {
-    "instruct": dict(instruct_data=I),
-    "mix_i3_p1": dict(instruct_data=f"{I}:3", data=f"{P}:1"),
-    "fncall": dict(instruct_data=F),
-    "pretrain": dict(data=P),
+    "instruct": dict(instruct_data=I), "mix_i3_p1": dict(instruct_data=f"{I}:3", data=f"{P}:1"),
+    "fncall": dict(instruct_data=F), "pretrain": dict(data=P),
     "pretrain_shuffle": dict(data=P, shuffle=True),
     "instruct_noshuffle": dict(instruct_data=I, instruct_shuffle=False, chunk=False),
     "fncall_nochunk": dict(instruct_data=F, chunk=False),
     "mix_i2_f1_p05_shuf": dict(instruct_data=f"{I}:2,{F}:1", data=f"{P}:.5", shuffle=True),
-    "eval": dict(eval_instruct_data=f"{I},{F}"),
-    "eval_fncall": dict(eval_instruct_data=F),
+    "eval": dict(eval_instruct_data=f"{I},{F}"), "eval_fncall": dict(eval_instruct_data=F),
 }
 CASES = [p.name for p in sorted(EXPECTED.glob("batches.*.npz")) if "dir_source" not in p.name]
 
 
 def same_batches(e, key: str, **kw) -> None:
     s, b, w, r, seed = re.search(r"s(\d+)\.b(\d+)\.w(\d+)\.r(\d+)\.seed(\w+)$", key).groups()
-    found = parity.batches(seq_len=int(s), batch_size=int(b), world_size=int(w), rank=int(r), seed=0 if seed == "None" else int(seed), **kw)
+    found = parity.batches(
+        seq_len=int(s), batch_size=int(b), world_size=int(w), rank=int(r),
+        seed=0 if seed == "None" else int(seed), **kw,
+    )
     ends = np.cumsum([0, *e[f"{key}.n_sizes"]])
-    want = list(zip(e[f"{key}.x"], e[f"{key}.y"], e[f"{key}.mask"], [e[f"{key}.sizes"][a:z].tolist() for a, z in zip(ends, ends[1:])]))
+    want = list(
+        zip(
+            e[f"{key}.x"], e[f"{key}.y"], e[f"{key}.mask"],
+            [e[f"{key}.sizes"][a:z].tolist() for a, z in zip(ends, ends[1:])],
+        )
+    )
     ours = list(itertools.islice(found, 20))
     assert len(ours) == len(want) > 0
     for (x, y, mask, sizes), (wx, wy, wmask, wsizes) in zip(ours, want):
-        assert np.array_equal(x, wx) and np.array_equal(y, wy) and np.array_equal(mask, wmask) and sizes == wsizes
+        assert (
+            np.array_equal(x, wx)
+            and np.array_equal(y, wy)
+            and np.array_equal(mask, wmask)
+            and sizes == wsizes
+        )
 
 
 @pytest.mark.parametrize("file", CASES)
 def test_batches(file):
     _, name, version, _ = file.split(".")
     e = arrays(EXPECTED / file)
-    for key in sorted({k.rsplit(".", 1)[0] for k in e}): same_batches(e, key, version=VERSION[version], is_eval=name.startswith("eval"), **MIXES[name])
+    for key in sorted({k.rsplit(".", 1)[0] for k in e}):
+        same_batches(e, key, version=VERSION[version], is_eval=name.startswith("eval"), **MIXES[name])
 
 
 def test_batches_of_a_folder(tmp_path):
-    "The reference read the files in the order of its file system; ours sorts, so they get names in that order"
+    """The reference read the files in the order of its file system; ours sorts, so they get names in that
+    order"""
     e = arrays(EXPECTED / "batches.dir_source.npz")
-    for i, name in enumerate(e["file_order"]): shutil.copy(DATA / "dir_source" / Path(str(name)).name, tmp_path / f"{i}.jsonl")
+    for i, name in enumerate(e["file_order"]):
+        shutil.copy(DATA / "dir_source" / Path(str(name)).name, tmp_path / f"{i}.jsonl")
     assert [p.name for p in jsonl_files(DATA / "dir_source")] == ["a.jsonl", "b.jsonl"]
     for key in sorted({k.rsplit(".", 1)[0] for k in e if k != "file_order"}):
         same_batches(e, key, version=VERSION[key.split(".")[0]], is_eval=False, instruct_data=str(tmp_path))
@@ -159,7 +186,8 @@ def test_batches_of_a_folder(tmp_path):
 
 @pytest.mark.parametrize("file, kind", [("bad.jsonl", "instruct"), ("pretrain_bad.jsonl", "pretrain")])
 def test_verdicts(file, kind):
-    "What the reference refuses, by a report or by a crash, is refused here with a reason; what it trains on is accepted"
+    """What the reference refuses, by a report or by a crash, is refused here with a reason; what it trains
+    on is accepted"""
     cases = json.loads((EXPECTED / "verdicts.odd_lines.json").read_text())[file]
     raw = lines(DATA / file)
     for case in cases:
@@ -180,7 +208,9 @@ def facts(): return json.loads((EXPECTED / "model.json").read_text())
 @pytest.mark.parametrize("file, adapter", [("forward.npz", True), ("forward_base.npz", False)])
 def test_logits(file, adapter):
     f, e = arrays(DENSE / "forward.npz"), arrays(DENSE / file)
-    logits = parity.forward(DENSE, DENSE / "lora.safetensors" if adapter else None, f["x"], f["sizes"], 8, 2.0)
+    logits = parity.forward(
+        DENSE, DENSE / "lora.safetensors" if adapter else None, f["x"], f["sizes"], 8, 2.0
+    )
     assert logits.dtype == torch.float32
     assert np.abs(logits.numpy()[e["logit_positions"]] - e["logits"]).max() < 5e-5
 
@@ -189,7 +219,9 @@ def test_logits(file, adapter):
 @pytest.mark.parametrize("masked", [True, False])
 def test_gradients(masked):
     f = arrays(DENSE / "forward.npz")
-    loss, grads = parity.loss_and_grads(DENSE, DENSE / "lora.safetensors", f["x"], f["y"], f["mask"] if masked else None, f["sizes"], 8, 2.0)
+    loss, grads = parity.loss_and_grads(
+        DENSE, DENSE / "lora.safetensors", f["x"], f["y"], f["mask"] if masked else None, f["sizes"], 8, 2.0
+    )
     want = load_file(DENSE / f"grads_{'masked' if masked else 'unmasked'}.safetensors")
     assert abs(loss - float(f["loss_masked" if masked else "loss_unmasked"])) < 5e-6
     assert grads.keys() == want.keys()
@@ -199,9 +231,15 @@ def test_gradients(masked):
 def train_case(name, **kw):
     log, e = facts()["dense"]["steps"][name], arrays(EXPECTED / "train_batches.npz")
     ends = np.cumsum([0, *e["n_sizes"]])
-    every = [(e["x"][i], e["y"][i], None if e["mask_is_none"][i] else e["mask"][i], e["sizes"][a:z]) for i, (a, z) in enumerate(zip(ends, ends[1:]))]
-    return log, parity.train(DENSE, DENSE / "lora.safetensors", itertools.cycle(every), steps=log["steps"], micro=log["num_microbatches"], lr=1e-3,
-                             pct_start=log["pct_start"], weight_decay=0.1, max_norm=1.0, rank=8, scaling=2.0, dtype="float32", **kw)
+    every = [
+        (e["x"][i], e["y"][i], None if e["mask_is_none"][i] else e["mask"][i], e["sizes"][a:z])
+        for i, (a, z) in enumerate(zip(ends, ends[1:]))
+    ]
+    return log, parity.train(
+        DENSE, DENSE / "lora.safetensors", itertools.cycle(every), steps=log["steps"],
+        micro=log["num_microbatches"], lr=1e-3, pct_start=log["pct_start"], weight_decay=0.1,
+        max_norm=1.0, rank=8, scaling=2.0, dtype="float32", **kw,
+    )
 
 
 @needs_model
@@ -225,9 +263,12 @@ def test_tokens_weigh_the_same():
 @needs_model
 def test_schedule():
     for name, want in facts()["schedule"].items():
-        total, pct = int(re.search(r"max_steps=(\d+)", name)[1]), float(re.search(r"pct_start=([\d.]+)", name)[1])
+        total, pct = (
+            int(re.search(r"max_steps=(\d+)", name)[1]), float(re.search(r"pct_start=([\d.]+)", name)[1]),
+        )
         ours = [[lr_at(s, total, 1e-3, pct), beta1_at(s, total, pct)] for s in range(total)]
-        if isinstance(want, str) or total == 1: assert ours[0] == [1e-3, 0.85]  # there: a division by zero, or a single step at lr/250000
+        if isinstance(want, str) or total == 1:
+            assert ours[0] == [1e-3, 0.85]  # there: a division by zero, or a single step at lr/250000
         else: assert np.abs(np.array(ours) - np.array(want)).max() < 1e-9, name
 
 

@@ -1,4 +1,5 @@
-"What reaches a terminal: text of data, logs and names cannot steer it, and output never fails for its encoding."
+"""What reaches a terminal: text of data, logs and names cannot steer it, and output never fails for its
+encoding."""
 import json
 import os
 import socket
@@ -90,9 +91,7 @@ def test_other_encodings(encoding, tmp_path, shell_env):
     for command in (["check", str(file)], ["show", str(file)], ["check", str(tmp_path / "漢.jsonl")]):
         done = subprocess.run(
             [sys.executable, "-m", "mistral_nb", *command],
-            env={**shell_env, "PYTHONIOENCODING": encoding},
-            capture_output=True,
-            timeout=60,
+            env={**shell_env, "PYTHONIOENCODING": encoding}, capture_output=True, timeout=60,
         )
         assert b"Traceback" not in done.stderr + done.stdout and b"codec" not in done.stderr
         assert done.returncode == (0 if command[1] == str(file) else 1)

@@ -103,10 +103,7 @@ def published(room: Room) -> dict:
         blocks = [block(d) for d in definitions(code)] if exported else []
         if blocks: cells.append(markdown("\n\n".join(blocks)))
     return {
-        "cells": cells,
-        "metadata": METADATA,
-        "nbformat": 4,
-        "nbformat_minor": 5,
+        "cells": cells, "metadata": METADATA, "nbformat": 4, "nbformat_minor": 5,
     }
 
 

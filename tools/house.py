@@ -67,7 +67,11 @@ def measure(path: Path) -> Figures:
         out.shown += bool(cell["outputs"])
         out.lines += len(source.splitlines())
         out.long_lines += sum(map(is_long, source.splitlines()))
-        if EXPORT.search(source) and "eval: false" not in source and re.search(r"^(def|class|@|async def) ?", source, re.M):
+        if (
+            EXPORT.search(source)
+            and "eval: false" not in source
+            and re.search(r"^(def|class|@|async def) ?", source, re.M)
+        ):
             out.without_look += waiting
             waiting = True
             out.exported += 1
@@ -104,7 +108,9 @@ def ratchet() -> dict[str, dict[str, int]]:
         figures = asdict(measure(path))
         out[str(path.relative_to(ROOT))] = {k: figures[k] for k in kept if figures[k]}
     out |= {name: {"long_lines": n} for name, n in long_test_lines().items()}
-    return {name: {k: v for k, v in counts.items() if v} for name, counts in out.items() if any(counts.values())}
+    return {
+        name: {k: v for k, v in counts.items() if v} for name, counts in out.items() if any(counts.values())
+    }
 
 
 def risen(before: dict, now: dict) -> list[str]:
@@ -139,7 +145,9 @@ def row(name: str, f: Figures) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("notebooks", nargs="*", type=Path)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--write", action="store_true")

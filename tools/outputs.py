@@ -25,19 +25,30 @@ def run(path: Path) -> None:
     "Execute `path` in place; cells that tests skip are skipped here too."
     nb = nbformat.read(path, as_version=4)
     for cell in nb.cells:
-        if cell.cell_type == "code" and SKIPPED.search(cell.source): cell.metadata["tags"] = [*cell.metadata.get("tags", []), "skip-execution"]
-    client = NotebookClient(nb, timeout=900, coalesce_streams=True, resources={"metadata": {"path": str(path.parent)}})
+        if cell.cell_type == "code" and SKIPPED.search(cell.source):
+            cell.metadata["tags"] = [*cell.metadata.get("tags", []), "skip-execution"]
+    client = NotebookClient(
+        nb, timeout=900, coalesce_streams=True, resources={"metadata": {"path": str(path.parent)}}
+    )
     client.execute()
     for cell in nb.cells:
         if "tags" in cell.metadata: cell.metadata.pop("tags")
-        if cell.cell_type == "code": cell.outputs = [neutral(o) for o in cell.outputs if o.get("name") != "stderr"]  # chatter of libraries
+        if cell.cell_type == "code":
+            cell.outputs = [
+                neutral(o) for o in cell.outputs if o.get("name") != "stderr"
+            ]  # chatter of libraries
     nb.metadata.pop("widgets", None)
     nbformat.write(nb, path)
 
 
 def main() -> None:
     os.environ["IN_TEST"] = "1"
-    paths = [Path(a).resolve() for a in sys.argv[1:]] or sorted(p for d in ("nbs", "tutorials") for p in (ROOT / d).rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+    paths = [Path(a).resolve() for a in sys.argv[1:]] or sorted(
+        p
+        for d in ("nbs", "tutorials")
+        for p in (ROOT / d).rglob("*.ipynb")
+        if ".ipynb_checkpoints" not in p.parts
+    )
     for path in paths:
         print(path.relative_to(ROOT), flush=True)
         run(path)

@@ -14,23 +14,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = [
-    "nbdev>=2.4.14,<3",
-    "execnb<0.2",
-    "fastcore<2",
-    "ghapi<3",
-    "fastgit<0.2",
-    "ipykernel",
-    "nbclient",
+    "nbdev>=2.4.14,<3", "execnb<0.2", "fastcore<2", "ghapi<3", "fastgit<0.2", "ipykernel", "nbclient",
     "pytest",
 ]
 TESTS = [
-    "test_data",
-    "test_cases",
-    "test_check",
-    "test_parity",
-    "test_config",
-    "test_train",
-    "test_ranks",
+    "test_data", "test_cases", "test_check", "test_parity", "test_config", "test_train", "test_ranks",
     "test_cli",
 ]
 
