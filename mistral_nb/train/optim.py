@@ -42,30 +42,32 @@ def beta1_at(step: int, total: int, pct_start: float = 0.05) -> float:
 
 # %% ../../nbs/train/60_optim.ipynb #optimizer
 def adamw(
-    params: Mapping[str, nn.Parameter] | Iterable[nn.Parameter], lr: float, weight_decay: float,
+    params: Mapping[str, nn.Parameter] | Iterable[nn.Parameter],
+    lr: float,
+    weight_decay: float,
     lr_ratio: float = 1.0,
 ) -> torch.optim.AdamW:
-    "The optimizer of a run; `lora_B` learns `lr_ratio` times as fast, and beside an adapter no vector decays."
-    named = {str(n): p for n, p in (params.items() if isinstance(params, Mapping) else enumerate(params))}
-    adapter, groups = any(".lora_" in n for n in named), {}
+    "The optimizer of a run: `lora_B` learns `lr_ratio` times as fast; no vector beside an adapter decays."
+    named = dict(params) if isinstance(params, Mapping) else {str(i): p for i, p in enumerate(params)}
+    has_adapter = any(".lora_" in name for name in named)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in named.items():
-        times, decay = (
-            lr_ratio if ".lora_B." in name else 1.0, 0.0 if adapter and p.dim() == 1 else weight_decay,
-        )
+        times = lr_ratio if ".lora_B." in name else 1.0
+        decay = 0.0 if has_adapter and p.dim() == 1 else weight_decay
         groups.setdefault((times, decay), []).append(p)
     options = [
         dict(params=ps, lr=lr * times, times=times, weight_decay=decay)
         for (times, decay), ps in groups.items()
     ]
-    return torch.optim.AdamW(
-        options, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=all(p.is_cuda for p in named.values()) or None
-    )  # fused: no copies of all moments
+    fused = all(p.is_cuda for p in named.values()) or None  # without copies of all moments
+    return torch.optim.AdamW(options, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=fused)
 
 # %% ../../nbs/train/60_optim.ipynb #set-lr
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, beta1: float = 0.9) -> None:
     "Learning rate and first coefficient of the next step."
     for group in optimizer.param_groups:
-        group["lr"], group["betas"] = lr * group.get("times", 1.0), (beta1, group["betas"][1])
+        group["lr"] = lr * group.get("times", 1.0)
+        group["betas"] = (beta1, group["betas"][1])
 
 
 def clip_gradients(params: Iterable[nn.Parameter], max_norm: float) -> float:
