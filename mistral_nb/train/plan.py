@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SAFETY', 'MIN_TOKENS', 'choose_device', 'use_threads', 'choose_dtype', 'most_tokens', 'fit_tokens', 'free_memory',
-           'step_shape', 'has_expanded_heads', 'Plan', 'to_gib', 'layers_asked_for', 'divisions', 'make_plan',
-           'suggest_changes', 'plan', 'remote_dtype']
+           'step_shape', 'has_expanded_heads', 'Plan', 'placement_text', 'plan_text', 'plan_table', 'to_gib',
+           'layers_asked_for', 'divisions', 'suggest_changes', 'enough_processes', 'make_plan', 'plan', 'remote_dtype']
 
 # %% ../../nbs/train/69_plan.ipynb #imports
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,9 +38,9 @@ def choose_device(name: str = "auto") -> str:
 def use_threads(wanted: int | None, device: str) -> int | None:
     "Have PyTorch compute with so many threads on a CPU, by default one a core; returns how many."
     if device != "cpu": return wanted
-    told = wanted or (
-        None if "OMP_NUM_THREADS" in os.environ else min(torch.get_num_threads(), available_cores())
-    )
+    told = wanted
+    if not told and "OMP_NUM_THREADS" not in os.environ:
+        told = min(torch.get_num_threads(), available_cores())
     if told: torch.set_num_threads(told)
     return torch.get_num_threads()
 
@@ -60,9 +61,8 @@ def most_tokens(job: StepShape, budget: int, recompute: int, limit: int) -> int:
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (
-            (middle, high) if step_memory(job, middle, recompute).total <= budget else (low, middle - 1)
-        )
+        if step_memory(job, middle, recompute).total <= budget: low = middle
+        else: high = middle - 1
     return low
 
 
@@ -70,10 +70,8 @@ def fit_tokens(
     job: StepShape, budget: int, tokens: int, longest: int, recompute: int | None = None
 ) -> tuple[int, int] | None:
     "`(tokens in a micro-batch, layers recomputed)` that fit, a given `recompute` kept; None if nothing fits."
-    choices = [
-        (most_tokens(job, budget, n, tokens), n)
-        for n in (range(job.model.n_layers + 1) if recompute is None else [recompute])
-    ]
+    layers = range(job.model.n_layers + 1) if recompute is None else [recompute]
+    choices = [(most_tokens(job, budget, n, tokens), n) for n in layers]
     for least in (min(tokens, max(longest, MIN_TOKENS)), min(tokens, longest)):
         for found, n in choices:
             if found >= least: return found, n
@@ -85,46 +83,50 @@ def free_memory(device: str) -> tuple[int, str]:
     if device == "cuda":
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # of what PyTorch holds
         return torch.cuda.mem_get_info()[0] + unused, torch.cuda.get_device_name()
-    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30
-    found = [
-        int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable")
-    ] or [pages]
-    most, used = (next(iter(_lines(f"/sys/fs/cgroup/memory.{k}")), "") for k in ("max", "current"))
-    cached = sum(
-        int(line.split()[1])
-        for line in _lines("/sys/fs/cgroup/memory.stat")
-        if line.startswith("inactive_file ")
-    )
-    if most.strip().isdigit() and used.strip().isdigit():
-        found.append(max(0, int(most) - int(used) + cached))  # a container's share
+    found = [1024 * n for n in _numbers("/proc/meminfo", "MemAvailable:")]
+    if not found:
+        pages = os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 0
+        found = [pages * os.sysconf("SC_PAGE_SIZE") if pages else 8 << 30]
+    most, used = (_lines(f"/sys/fs/cgroup/memory.{name}")[:1] for name in ("max", "current"))
+    if most and used and most[0].isdigit() and used[0].isdigit():  # a container's share
+        cached = sum(_numbers("/sys/fs/cgroup/memory.stat", "inactive_file"))
+        found.append(max(0, int(most[0]) - int(used[0]) + cached))
     return min(found), "CPU"
 
-# %% ../../nbs/train/69_plan.ipynb #lines
+
 def _lines(path: str) -> list[str]:
     try: return Path(path).read_text().splitlines()
     except OSError: return []
 
-# %% ../../nbs/train/69_plan.ipynb #plan
+
+def _numbers(path: str, name: str) -> list[int]:
+    "The number behind `name` in each line that begins with it"
+    return [int(line.split()[1]) for line in _lines(path) if line.startswith(f"{name} ")]
+
+# %% ../../nbs/train/69_plan.ipynb #shape
 def step_shape(
     args: TrainArgs, model: ModelArgs, dtype: torch.dtype, storage: str | None = None, expanded: bool = False
 ) -> StepShape:
     "The numbers of a run; `storage` is that of the folder if it is packed already."
     lora = args.lora
     return StepShape(
-        model, dtype.itemsize, lora.rank if lora.enable else 0, tuple(lora.targets),
-        storage or args.quantize, lora.dora and lora.enable, tuple(lora.also_train), expanded,
+        model,
+        size=dtype.itemsize,
+        rank=lora.rank if lora.enable else 0,
+        targets=tuple(lora.targets),
+        quantize=storage or args.quantize,
+        dora=lora.dora and lora.enable,
+        also=tuple(lora.also_train),
+        expanded=expanded,
     )
 
 
 def has_expanded_heads(device: str, dtype: torch.dtype) -> bool:
     "Whether attention on this machine's device goes block by block with a key and a value for every head."
-    return (
-        device == "cuda"
-        and torch.cuda.is_available()
-        and not (dtype.itemsize == 2 and has_varlen(torch.device("cuda")))
-    )
+    if device != "cuda" or not torch.cuda.is_available(): return False
+    return dtype.itemsize != 2 or not has_varlen(torch.device("cuda"))
 
-# %% ../../nbs/train/69_plan.ipynb #plan-code
+# %% ../../nbs/train/69_plan.ipynb #plan-class
 @dataclass(frozen=True)
 class Plan:
     "How a run uses the memory of a device."
@@ -151,42 +153,11 @@ class Plan:
         "How many times the processes hold the model together; None if each holds all of it"
         return self.world_size // self.job.shares if self.job.shares > 1 else None
 
-    def placed(self) -> str:
-        "Where the model is, in words; empty for one process"
-        if self.world_size == 1: return ""
-        return (
-            f"a copy on each of {self.world_size} processes"
-            if not self.groups
-            else f"divided among {self.job.shares} processes"
-            + (f", {self.groups} times" if self.groups > 1 else "")
-        )
+    def placed(self) -> str: return placement_text(self)
 
-    def table(self) -> Table:
-        "The parts against the device"
-        rows = [
-            (f.name, to_gib(getattr(self.memory, f.name)))
-            for f in fields(Memory)
-            if f.name != "gathered" or self.groups
-        ] + [("total", to_gib(self.memory.total)), (f"free on {self.device}", to_gib(self.budget))]
-        return Table(["part", "GiB"], rows, title=str(self.how()))
+    def how(self) -> str: return plan_text(self)
 
-    def how(self) -> str:
-        "What is done, in a sentence"
-        if not self.fits:
-            return "does not fit: " + (
-                "; or ".join(self.advice) if self.advice else "a smaller model or a larger device is needed"
-            )
-        pieces = (
-            f"{self.tokens:,} tokens at once"
-            if self.limit is None
-            else f"{self.tokens:,} tokens in pieces of at most {self.micro:,}"
-        )
-        done = (
-            f", {self.recompute} of {self.job.model.n_layers} layers recomputed"
-            if self.recompute
-            else ", nothing recomputed"
-        )
-        return pieces + done + (f"; the model: {self.placed()}" if self.placed() else "")
+    def table(self) -> Table: return plan_table(self)
 
     def __str__(self) -> str: return str(self.table())
 
@@ -194,12 +165,39 @@ class Plan:
 
     def _repr_html_(self) -> str: return self.table()._repr_html_()
 
-# %% ../../nbs/train/69_plan.ipynb #layers-asked-for
+# %% ../../nbs/train/69_plan.ipynb #plan-texts
+def placement_text(plan: Plan) -> str:
+    "Where the model is, in words; empty for one process."
+    if plan.world_size == 1: return ""
+    if not plan.groups: return f"a copy on each of {plan.world_size} processes"
+    times = f", {plan.groups} times" if plan.groups > 1 else ""
+    return f"divided among {plan.job.shares} processes{times}"
+
+
+def plan_text(plan: Plan) -> str:
+    "What is done, in a sentence."
+    if not plan.fits:
+        advice = "; or ".join(plan.advice) or "a smaller model or a larger device is needed"
+        return f"does not fit: {advice}"
+    pieces = "at once" if plan.limit is None else f"in pieces of at most {plan.micro:,}"
+    recomputed = f"{plan.recompute} of {plan.job.model.n_layers} layers" if plan.recompute else "nothing"
+    where = f"; the model: {plan.placed()}" if plan.placed() else ""
+    return f"{plan.tokens:,} tokens {pieces}, {recomputed} recomputed{where}"
+
+
+def plan_table(plan: Plan) -> Table:
+    "The parts against the device."
+    parts = [f.name for f in fields(Memory) if f.name != "gathered" or plan.groups]
+    rows = [(part, to_gib(getattr(plan.memory, part))) for part in [*parts, "total"]]
+    rows.append((f"free on {plan.device}", to_gib(plan.budget)))
+    return Table(["part", "GiB"], rows, title=plan.how())
+
+
 def to_gib(n: float) -> float:
     "Bytes as GiB, for people."
     return round(n / 2**30, 2)
 
-
+# %% ../../nbs/train/69_plan.ipynb #asked-for
 def layers_asked_for(checkpoint: bool | int | str, n_layers: int) -> int | None:
     "How many layers the setting `checkpoint` recomputes; None leaves it to the plan."
     if checkpoint == "auto": return None
@@ -208,11 +206,41 @@ def layers_asked_for(checkpoint: bool | int | str, n_layers: int) -> int | None:
 
 
 def divisions(placement: str, world_size: int, node: int) -> list[int]:
-    "Among how many processes a model may be divided, `node` of them on each node; the first that fits is taken."
-    return {
-        "auto": list(dict.fromkeys([1, node, world_size])), "replicate": [1], "shard": [world_size],
-        "hybrid": [node],
-    }[placement]
+    "Among how many processes a model may be divided, `node` of them a node; the first that fits is taken."
+    if placement == "auto": return list(dict.fromkeys([1, node, world_size]))
+    return {"replicate": [1], "shard": [world_size], "hybrid": [node]}[placement]
+
+# %% ../../nbs/train/69_plan.ipynb #suggest
+def suggest_changes(job: StepShape, budget: int, longest: int, recompute: int | None) -> list[str]:
+    "Changes of one setting after which it fits."
+
+    def fits(**changes: Any) -> bool:
+        return fit_tokens(replace(job, **changes), budget, longest, longest) is not None
+
+    out = ["checkpoint: auto"] if recompute is not None and fits() else []
+    if job.full and fits(rank=16): out.append("lora.enable: true")
+    if not job.full:
+        packed = ("fp8", "nf4") if job.quantize == "none" else ()
+        out += [f"quantize: {kind}" for kind in packed if fits(quantize=kind)]
+        smaller = [rank for rank in (64, 32, 16, 8) if rank < job.rank and fits(rank=rank)]
+        out += [f"lora.rank: {rank}" for rank in smaller[:1]]
+    deepest = job.model.n_layers if recompute is None else recompute
+    for kind in dict.fromkeys([job.quantize] + ["nf4"] * (not job.full)):
+        most = most_tokens(replace(job, quantize=kind), budget, deepest, longest) // 128 * 128
+        if not most: continue
+        return [*out, f"seq_len: {most}" + (f" with quantize: {kind}" if kind != job.quantize else "")]
+    return out
+
+
+def enough_processes(
+    job: StepShape, budget: int, longest: int, recompute: int | None, more_than: int
+) -> list[str]:
+    "The smallest number of processes among which a model that does not fit could be divided, as advice."
+    for n in (2, 4, 8, 16, 32):
+        divided = replace(job, shares=n)
+        if n > more_than and fit_tokens(divided, budget, longest, longest, recompute):
+            return [f"{n} processes, which divide the model among them"]
+    return []
 
 # %% ../../nbs/train/69_plan.ipynb #make-plan
 def make_plan(
@@ -223,7 +251,7 @@ def make_plan(
     device: str,  # its name
     longest: int | None = None,  # tokens of the longest sample; None plans for rows that are one
     storage: str | None = None,  # of the matrices, if the folder is packed already
-    expanded: bool = False,  # see Job
+    expanded: bool = False,  # as in StepShape
     world_size: int = 1,  # processes
     node: int | None = None,  # of them, on one node; up to 8 if it is not known
 ) -> Plan:
@@ -231,72 +259,37 @@ def make_plan(
     alone, tokens = step_shape(args, model, dtype, storage, expanded), args.seq_len * args.batch_size
     longest = min(longest or args.seq_len, args.seq_len)
     fixed = layers_asked_for(args.checkpoint, model.n_layers)
+    usable = int(SAFETY * budget)
     for n in divisions(args.placement, world_size, node or min(world_size, 8)):
         job = replace(alone, shares=n)
-        if found := fit_tokens(job, int(SAFETY * budget), tokens, longest, fixed):
+        if found := fit_tokens(job, usable, tokens, longest, fixed):
             return Plan(job, budget, device, tokens, *found, True, (), world_size)
     smallest = longest, model.n_layers if fixed is None else fixed
-    hints = suggest_changes(job, int(SAFETY * budget), longest, fixed)
-    if args.placement != "replicate" and (
-        more := [
-            n
-            for n in (2, 4, 8, 16, 32)
-            if n > world_size
-            and fit_tokens(replace(job, shares=n), int(SAFETY * budget), longest, longest, fixed)
-        ]
-    ):
-        hints.append(f"{more[0]} processes, which divide the model among them")
-    return Plan(job, budget, device, tokens, *smallest, False, tuple(hints), world_size)
+    advice = suggest_changes(job, usable, longest, fixed)
+    if args.placement != "replicate": advice += enough_processes(job, usable, longest, fixed, world_size)
+    return Plan(job, budget, device, tokens, *smallest, False, tuple(advice), world_size)
 
-# %% ../../nbs/train/69_plan.ipynb #suggest-changes
-def suggest_changes(job: StepShape, budget: int, longest: int, recompute: int | None) -> list[str]:
-    "Changes of one setting after which it fits."
-    out = []
-    if recompute is not None and fit_tokens(job, budget, longest, longest): out.append("checkpoint: auto")
-    if not job.full:
-        for kind in ("fp8", "nf4"):
-            if job.quantize == "none" and fit_tokens(replace(job, quantize=kind), budget, longest, longest):
-                out.append(f"quantize: {kind}")
-        if smaller := [
-            r
-            for r in (64, 32, 16, 8)
-            if r < job.rank and fit_tokens(replace(job, rank=r), budget, longest, longest)
-        ]:
-            out.append(f"lora.rank: {smaller[0]}")
-    elif fit_tokens(replace(job, rank=16), budget, longest, longest): out.append("lora.enable: true")
-    for kind in dict.fromkeys([job.quantize] + ["nf4"] * (not job.full)):
-        deepest = job.model.n_layers if recompute is None else recompute
-        if (most := most_tokens(replace(job, quantize=kind), budget, deepest, longest)) >= 128:
-            out.append(
-                f"seq_len: {most // 128 * 128}" + (f" with quantize: {kind}" if kind != job.quantize else "")
-            )
-            break
-    return out
-
-# %% ../../nbs/train/69_plan.ipynb #plan-code-code
+# %% ../../nbs/train/69_plan.ipynb #plan
 def plan(source=None, *overrides: str, **values) -> Plan:
     "What the run of these settings (as for `load_args`) needs, against the device that it would run on."
     args = check_paths(load_args(source, *overrides, **values))
-    model = Path(args.model_id_or_path)
-    shape = load_model_args(model)  # says first if this model cannot be trained
-    weights = any(model.glob("*.safetensors")) or any(model.glob("*.pth"))  # params.json alone will do
-    storage = storage_of(model, args.quantize) if weights else args.quantize
-    elsewhere = args.memory_gib is not None and args.device != "cpu" and not torch.cuda.is_available()
+    folder = Path(args.model_id_or_path)
+    model = load_model_args(folder)  # says first if this model cannot be trained
+    has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.pth"))  # params.json alone will do
+    storage = storage_of(folder, args.quantize) if has_weights else args.quantize
     world = args.world_size or 1
-    if elsewhere:
+    if args.memory_gib is not None and args.device != "cpu" and not torch.cuda.is_available():
         budget, dtype = int(args.memory_gib * 2**30), remote_dtype(args)
-        return make_plan(args, shape, dtype, budget, "a GPU of this size", None, storage, world_size=world)
+        return make_plan(args, model, dtype, budget, "a GPU of this size", None, storage, world_size=world)
     device = choose_device(args.device)
-    dtype = choose_dtype(
-        args.dtype, device, args.lora.enable, file_dtype(model) if weights else torch.bfloat16
-    )
+    stored = file_dtype(folder) if has_weights else torch.bfloat16
+    dtype = choose_dtype(args.dtype, device, args.lora.enable, stored)
     free, name = free_memory(device)
     budget = int(args.memory_gib * 2**30) if args.memory_gib else free
-    return make_plan(
-        args, shape, dtype, budget, name, None, storage, has_expanded_heads(device, dtype), world
-    )
+    expanded = has_expanded_heads(device, dtype)
+    return make_plan(args, model, dtype, budget, name, None, storage, expanded, world)
 
-# %% ../../nbs/train/69_plan.ipynb #remote-dtype
+
 def remote_dtype(args: TrainArgs) -> torch.dtype:
     "The type that `auto` means on a recent GPU."
     if args.dtype != "auto": return getattr(torch, args.dtype)
