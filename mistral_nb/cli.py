@@ -143,6 +143,8 @@ def talk_options(p: ArgumentParser) -> None:
     chat_options(p)
 
 
+
+
 def open_chat(args: Namespace) -> Any:
     "A `Chat` from the options that chat and generate share."
     from mistral_nb.data.tokens import load_tokenizer
@@ -157,7 +159,7 @@ def open_chat(args: Namespace) -> Any:
     tokenizer, how = load_tokenizer(args.model), (args.max_tokens, args.temperature, args.top_p, args.seed)
     return Chat(model, tokenizer, args.system, None, *how)
 
-
+# %% ../nbs/90_cli.ipynb #talk
 def cmd_chat(args: Namespace) -> int:
     "Talk until an empty line or end of input."
     chat = open_chat(args)

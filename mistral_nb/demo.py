@@ -109,7 +109,7 @@ def _tools_row(tools_key: str) -> dict:
     ]
     return {tools_key: [WEATHER_TOOL], "messages": talk}
 
-# %% ../nbs/79_demo.ipynb #sample-rows
+
 def sample_rows() -> dict[str, tuple[str, list[dict]]]:
     "Rows in each format that training reads: file name -> (kind, rows)."
     q, a = DEMO_FACTS[0][1][0], DEMO_FACTS[0][0]
@@ -156,7 +156,7 @@ def make_data(folder: str | Path) -> Path:
     for name, (_, rows) in sample_rows().items(): write_atomic(folder / "formats" / name, json_lines(rows))
     return folder
 
-# %% ../nbs/79_demo.ipynb #make-demo
+
 def make_demo(folder: str | Path, seed: int = 0) -> Path:
     "Write `model/` and `data/` below `folder`; returns it."
     make_model(Path(folder) / "model", seed)
@@ -322,7 +322,7 @@ def demo_settings(folder: str | Path, run_dir: str | Path, **changes: Any) -> di
         seq_len=512, batch_size=1, max_steps=40, log_freq=5, no_eval=False, eval_freq=10,
     ) | changes
 
-# %% ../nbs/79_demo.ipynb #new-run-dir
+
 def new_run_dir(folder: str | Path, name: str = "run") -> Path:
     "A folder for a run that does not exist yet: `run`, `run-2`, `run-3`, …"
     folder, n = Path(folder), 1

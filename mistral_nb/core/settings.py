@@ -46,7 +46,7 @@ class DataArgs:
     long_rows: str = "split"  # samples longer than seq_len: split between turns, truncate_left, drop or error
     cache: str = ""  # folder for tokens; empty is ~/.cache/mistral_nb/tokens, none keeps them in memory only
 
-# %% ../../nbs/core/04_settings.ipynb #lora-args
+
 LORA_TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 
@@ -217,9 +217,8 @@ def check_numbers(args: TrainArgs) -> None:
     for name in NOT_NEGATIVE:
         value = getattr(args, name)
         require(value >= 0, name, f"{value} is negative")
-    require(
-        args.memory_gib is None or args.memory_gib > 0, "memory_gib", f"{args.memory_gib} is not positive"
-    )
+    fits = args.memory_gib is None or args.memory_gib > 0
+    require(fits, "memory_gib", f"{args.memory_gib} is not positive")
     few = args.threads is not None and args.threads < 1
     require(not few, "threads", f"{args.threads} compute nothing", "null takes as many as there are")
     none = args.num_ckpt_keep is not None and args.num_ckpt_keep < 1

@@ -26,29 +26,22 @@ def run_training(config: str, overrides: list[str]) -> int:
     try:
         args = load_args(config, *overrides)
         ranks = dist.join_group(choose_device(args.device), args.timeout_minutes)
-        if not ranks.restarted:
-            dist.run_on_main(lambda: begin(args))
+        if not ranks.restarted: dist.run_on_main(lambda: begin(args))
         trainer = Trainer(args)
-        if ranks.main:
-            print(trainer, flush=True)
+        if ranks.main: print(trainer, flush=True)
         trainer.fit()
-        if ranks.main:
-            print(outcome(trainer), flush=True)
+        if ranks.main: print(outcome(trainer), flush=True)
     except Interrupted as stop:
-        if ranks.main:
-            print(stop, file=sys.stderr, flush=True)
+        if ranks.main: print(stop, file=sys.stderr, flush=True)
         dist.leave_group()
         return EXIT_CODES.get(stop.why, 0)
     except KeyboardInterrupt:
         said = "Stopped at once; resume=true goes on from the last checkpoint, if there is one."
         print(said, file=sys.stderr, flush=True)
         return 130
-    except (
-        Exception
-    ) as error:  # the group is left as it is: to leave it in order, the others would have to take part
+    except Exception as error:  # the group is left as it is: in order, the others would have to take part
         said = last_words(error)
-        if said is None:
-            raise
+        if said is None: raise
         print(rank_prefix() + said, file=sys.stderr, flush=True)
         return 1
     dist.leave_group()
@@ -63,11 +56,9 @@ def begin(args: TrainArgs) -> None:
 
 def outcome(trainer: Trainer) -> str:
     "What is said at the end: where every position of the data went, and where the checkpoint is."
-    left_out = (
-        f"{trainer.skipped} steps were left out: their loss was not finite\n" if trainer.skipped else ""
-    )
-    done = f"done: {trainer.history.checkpoint or 'no checkpoint was written'}"
-    return f"{left_out}{trainer.counts.table()}\n{done}"
+    done = f"{trainer.counts.table()}\ndone: {trainer.history.checkpoint or 'no checkpoint was written'}"
+    if not trainer.skipped: return done
+    return f"{trainer.skipped} steps were left out: their loss was not finite\n{done}"
 
 
 def last_words(error: Exception) -> str | None:

@@ -74,7 +74,7 @@ class RunLock:
         if self.file: self.file.close()
         self.file = None
 
-# %% ../../nbs/train/64_run_dir.ipynb #is-locked
+
 def is_locked(run_dir: str | Path) -> bool:
     "Whether a process is training in `run_dir`."
     if not (Path(run_dir) / ".lock").exists(): return False

@@ -6,7 +6,7 @@
 __all__ = ['ModelFolder', 'open_model_folder', 'Session', 'SessionParts', 'new_batches', 'run_table', 'weights_line', 'data_row']
 
 # %% ../../nbs/train/71_session.ipynb #imports
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -44,9 +44,8 @@ def open_model_folder(folder: str | Path, quantize: str = "none") -> ModelFolder
     tokenizer = load_tokenizer(folder)
     check_vocab(tokenizer, shape.vocab_size)
     file = tokenizer.file
-    return ModelFolder(
-        shape, dtype, storage, digest, tokenizer, (file.name, file.read_bytes()) if file else None
-    )
+    copied = (file.name, file.read_bytes()) if file else None
+    return ModelFolder(shape, dtype, storage, digest, tokenizer, copied)
 
 # %% ../../nbs/train/71_session.ipynb #session
 @dataclass
@@ -134,13 +133,8 @@ def run_table(run: Session) -> Table:
 def weights_line(args: TrainArgs, dtype: torch.dtype, place: str) -> str:
     "Type, storage and place of the weights, and why if the type is float16."
     packed = f", matrices in {args.quantize}" if args.quantize != "none" else ""
-    why = ""
-    if dtype == torch.float16:
-        why = (
-            " (the loss is scaled: this GPU has no bfloat16)"
-            if args.dtype == "auto"
-            else " (the loss is scaled)"
-        )
+    chosen = ": this GPU has no bfloat16" if args.dtype == "auto" else ""
+    why = f" (the loss is scaled{chosen})" if dtype == torch.float16 else ""
     return f"{str(dtype).removeprefix('torch.')}{packed} on {place}{why}"
 
 
