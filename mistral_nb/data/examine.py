@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'REPAIRED', 'REJECTED', 'MAX_KEPT_FINDINGS', 'check_line', 'to_finding', 'check_lines', 'FileReport',
-           'check_file', 'check_across_files']
+           'report_batches', 'check_file', 'check_across_files', 'same_rows', 'check_lengths']
 
 # %% ../../nbs/data/33_examine.ipynb #imports
 import shutil
@@ -30,7 +30,7 @@ from .schema import load_json_line, Location, parse_row, Sample, SampleError
 from .sources import Source
 from .tokens import Tokenizer, TokenSample
 
-# %% ../../nbs/data/33_examine.ipynb #check-lines
+# %% ../../nbs/data/33_examine.ipynb #check-line
 KEPT, REPAIRED, REJECTED = range(3)
 MAX_KEPT_FINDINGS = 1000  # findings of one code of one file that are kept in full; all are counted
 
@@ -45,7 +45,8 @@ def check_line(
         sample = parse_row(row, kind, where, version)
         tokens = encoder.samples(sample, where, chunk and kind == "instruct")
         odd = [*lint_keys(line), *lint_row(row, kind), *lint(sample, tokens[0], encoder.tokenizer)]
-        return [Finding(c, file, n, f, p) for c, f, p in odd], sample, tokens
+        return [Finding(code, file, n, field, problem) for code, field, problem in odd], sample, tokens
+
     try: return KEPT, *accepted(load_json_line(line, where))
     except SampleError as e: error = to_finding(e, file, n)
     try:
@@ -57,14 +58,13 @@ def check_line(
     problem = error.problem + (f"; repaired: {', '.join(notes)}" if notes else "")
     return REPAIRED, [replace(error, problem=problem, before=before, after=after), *odd], sample, tokens
 
-# %% ../../nbs/data/33_examine.ipynb #to-finding
+
 def to_finding(error: SampleError, file: str, line: int) -> Finding:
     "An error of the schema or the tokenizer as a finding."
-    return Finding(
-        error.code, file, line, error.where.field, error.problem + (f" ({error.hint})" if error.hint else "")
-    )
+    problem = f"{error.problem} ({error.hint})" if error.hint else error.problem
+    return Finding(error.code, file, line, error.where.field, problem)
 
-# %% ../../nbs/data/33_examine.ipynb #check-lines-code
+# %% ../../nbs/data/33_examine.ipynb #check-lines
 def check_lines(lines: NumberedLines, file: str, kind: str, origin: str, chunk: bool) -> dict[str, Any]:
     "What is found in some lines: states, findings, hashes, and the columns of their tokens."
     encoder, found, samples = cached_encoder(origin), dict(state=[], findings=[], hash=[], signature=[]), []
@@ -76,11 +76,14 @@ def check_lines(lines: NumberedLines, file: str, kind: str, origin: str, chunk: 
         found["signature"].append(np.zeros(32, np.uint32) if sample is None else minhash(sample))
         samples += [(n, part, sample_pieces(t)) for part, t in enumerate(tokens)]
     return dict(
-        found, state=np.array(found["state"], np.uint8), hash=np.array(found["hash"], np.uint64),
-        signature=np.array(found["signature"], np.uint32).reshape(-1, 32), columns=to_columns(samples),
+        state=np.array(found["state"], np.uint8),
+        findings=found["findings"],
+        hash=np.array(found["hash"], np.uint64),
+        signature=np.array(found["signature"], np.uint32).reshape(-1, 32),
+        columns=to_columns(samples),
     )
 
-# %% ../../nbs/data/33_examine.ipynb #check-file
+# %% ../../nbs/data/33_examine.ipynb #file-report
 @dataclass(eq=False)
 class FileReport:
     "What was found in one file."
@@ -91,7 +94,7 @@ class FileReport:
     hash: np.ndarray  # (rows,)
     signature: np.ndarray  # (rows, 32)
     counts: Counter  # findings by code
-    findings: list[Finding]  # at most MOST of a code
+    findings: list[Finding]  # at most MAX_KEPT_FINDINGS of a code
     tokens: TokenFile  # of the rows that are kept or repaired
     origin: str = ""  # of the tokenizer
     digest: str = ""  # of the file
@@ -103,87 +106,93 @@ class FileReport:
 
     def rows(self, state: int) -> int: return int((self.state == state).sum())
 
-# %% ../../nbs/data/33_examine.ipynb #check-file-code
+
+def report_batches(out: FileReport, chunk: bool, workers: int | None, progress: bool) -> Iterator[Any]:
+    "Tokens of a file, a chunk of lines at a time; what is found in them is added to its report."
+    work = partial(check_lines, file=str(out.file), kind=out.source.kind, origin=out.origin, chunk=chunk)
+    columns = {"state": [np.zeros(0, np.uint8)], "hash": [np.zeros(0, np.uint64)]}
+    columns["signature"] = [np.zeros((0, 32), np.uint32)]
+    workers = workers or (available_cores() if out.file.stat().st_size > 4 << 20 else 1)
+    title = f"checking {one_line(out.file.name, 40)}"
+    with tqdm(total=None, unit=" rows", desc=title, disable=not progress, delay=1) as bar:
+        for found in map_ordered(work, read_chunks(out.file), workers):
+            for name, parts in columns.items(): parts.append(found[name])
+            for finding in found["findings"]: out.add(finding)
+            bar.update(len(found["state"]))
+            yield record_batch(found["columns"])
+    out.state, out.hash, out.signature = map(np.concatenate, columns.values())
+
+# %% ../../nbs/data/33_examine.ipynb #check-file
 def check_file(
-    file: Path, source: Source, tokenizer: Tokenizer, chunk: bool, held_out: bool, scratch: Path,
-    cache: Path | None, workers: int | None, progress: bool,
+    file: Path,
+    source: Source,
+    tokenizer: Tokenizer,
+    chunk: bool,  # beginnings of tool conversations are samples, too
+    held_out: bool,
+    scratch: Path,  # where tokens of files with bad lines go
+    cache: Path | None,
+    workers: int | None,
+    progress: bool,
 ) -> FileReport:
     "Read a file once; its tokens go to the cache if every line is good, else to a scratch file."
-    before = file_digest(file)
-    work = partial(check_lines, file=str(file), kind=source.kind, origin=tokenizer.origin, chunk=chunk)
+    digest = file_digest(file)
+    empty = np.zeros(0, np.uint8)
+    no_tokens = TokenFile(file, [])
     out = FileReport(
-        file, source, held_out, *(np.zeros(0, np.uint8),) * 3, Counter(), [], TokenFile(file, []),
-        tokenizer.origin, before,
+        file, source, held_out, empty, empty, empty, Counter(), [], no_tokens, tokenizer.origin, digest
     )
-    parts: dict[str, list] = {
-        k: [np.zeros((0, 32) if k == "signature" else 0, t)]
-        for k, t in dict(state=np.uint8, hash=np.uint64, signature=np.uint32).items()
-    }
-
-    def batches() -> Iterator[Any]:
-        with tqdm(
-            total=None, unit=" rows", desc=f"checking {one_line(file.name, 40)}", disable=not progress,
-            delay=1,
-        ) as bar:
-            for found in map_ordered(
-                work, read_chunks(file),
-                workers or (available_cores() if file.stat().st_size > 4 << 20 else 1),
-            ):
-                for k in parts: parts[k].append(found[k])
-                for f in found["findings"]: out.add(f)
-                bar.update(len(found["state"]))
-                yield record_batch(found["columns"])
     path = scratch / f"{len(list(scratch.iterdir()))}.arrow"
-    write_cache(
-        path, batches(),
-        dict(file=str(file.resolve()), tokenizer=tokenizer.origin, kind=source.kind, chunk=chunk),
-    )
-    out.state, out.hash, out.signature = (np.concatenate(v) for v in parts.values())
-    if file_digest(file) != before: raise DataError(f"{file} changed while it was read: start again")
+    about = dict(file=str(file.resolve()), tokenizer=tokenizer.origin, kind=source.kind, chunk=chunk)
+    write_cache(path, report_batches(out, chunk, workers, progress), about)
+    if file_digest(file) != digest: raise DataError(f"{file} changed while it was read: start again")
     if cache and not (out.state != KEPT).any():
         final = cache / f"{cache_key(file, source.kind, tokenizer, chunk, cache / 'notes')}.arrow"
         final.parent.mkdir(parents=True, exist_ok=True)
-        path = _moved(path, final)
+        with atomic_path(final) as part: shutil.move(path, part)  # nobody sees half of it
+        path = final
     out.tokens = open_cache(file, path)
     return out
-
-# %% ../../nbs/data/33_examine.ipynb #moved
-def _moved(path: Path, final: Path) -> Path:
-    "Into the cache, so that nobody sees half of it"
-    with atomic_path(final) as part: shutil.move(path, part)
-    return final
 
 # %% ../../nbs/data/33_examine.ipynb #compare
 def check_across_files(files: list[FileReport], seq_len: int) -> None:
     "Add to the files' findings what takes all rows: duplicates, leaks, rows too long."
     at = np.array([(k, n) for k, f in enumerate(files) for n in range(1, len(f.state) + 1)]).reshape(-1, 2)
-    hashes, held = (
-        np.concatenate([f.hash for f in files]),
-        np.concatenate([np.full(len(f.state), f.held_out) for f in files]),
-    )
-    place = lambda i: f"{short_path(files[at[i, 0]].file)}, line {at[i, 1]}"
-    say = lambda i, code, problem: files[at[i, 0]].add(
-        Finding(code, str(files[at[i, 0]].file), int(at[i, 1]), "", problem)
-    )
-    first: dict[tuple[int, bool], int] = {}
-    twice = np.zeros(len(hashes), dtype=bool)
-    _, inverse, count = np.unique(hashes, return_inverse=True, return_counts=True)
-    for i in np.flatnonzero((count[inverse] > 1) & (hashes != 0)).tolist():
-        h, e = int(hashes[i]), bool(held[i])
-        if (h, e) in first: say(i, "duplicate", f"the same as {place(first[h, e])}")
-        first.setdefault((h, e), i)
-        twice[i] = True
-    for i in np.flatnonzero(twice & held).tolist():
-        if (int(hashes[i]), False) in first:
-            say(i, "leak", f"it is also trained on: {place(first[int(hashes[i]), False])}")
+    hashes = np.concatenate([f.hash for f in files])
+    held_out = np.concatenate([np.full(len(f.state), f.held_out) for f in files])
+
+    def place(i: int) -> str: return f"{short_path(files[at[i, 0]].file)}, line {at[i, 1]}"
+
+    def say(i: int, code: str, problem: str) -> None:
+        report, line = files[at[i, 0]], int(at[i, 1])
+        report.add(Finding(code, str(report.file), line, "", problem))
+
+    for i, j, code in same_rows(hashes, held_out):
+        how = "the same as" if code == "duplicate" else "it is also trained on:"
+        say(i, code, f"{how} {place(j)}")
     for i, j in near_duplicates(np.concatenate([f.signature for f in files])):
-        if hashes[i] != hashes[j]:
-            say(i, "leak" if held[i] != held[j] else "near-duplicate", f"almost the words of {place(j)}")
-    for f in files:
-        for k in np.flatnonzero((f.tokens.length - 1 > seq_len) & (f.tokens.part == 0)).tolist():
-            f.add(
-                Finding(
-                    "too-long", str(f.file), int(f.tokens.line[k]), "",
-                    f"{f.tokens.length[k] - 1:,} positions, seq_len is {seq_len:,}",
-                )
-            )
+        if hashes[i] == hashes[j]: continue
+        code = "leak" if held_out[i] != held_out[j] else "near-duplicate"
+        say(i, code, f"almost the words of {place(j)}")
+    for report in files: check_lengths(report, seq_len)
+
+
+def same_rows(hashes: np.ndarray, held_out: np.ndarray) -> list[tuple[int, int, str]]:
+    "`(row, row that it repeats, code)`: first what stands twice on one side, then what is on both."
+    _, inverse, count = np.unique(hashes, return_inverse=True, return_counts=True)
+    twice = np.flatnonzero((count[inverse] > 1) & (hashes != 0)).tolist()
+    first: dict[tuple[int, bool], int] = {}
+    out = []
+    for i in twice:
+        key = int(hashes[i]), bool(held_out[i])
+        if key in first: out.append((i, first[key], "duplicate"))
+        first.setdefault(key, i)
+    trained = {i: first.get((int(hashes[i]), False)) for i in twice if held_out[i]}
+    return out + [(i, j, "leak") for i, j in trained.items() if j is not None]
+
+
+def check_lengths(report: FileReport, seq_len: int) -> None:
+    "Add to a file's findings the rows that are longer than a row of the run."
+    tokens = report.tokens
+    for k in np.flatnonzero((tokens.length - 1 > seq_len) & (tokens.part == 0)).tolist():
+        problem = f"{tokens.length[k] - 1:,} positions, seq_len is {seq_len:,}"
+        report.add(Finding("too-long", str(report.file), int(tokens.line[k]), "", problem))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ERRORS', 'WARNINGS', 'FINDING_CODES', 'Lint', 'ROW_KEYS', 'ROLE_KEYS', 'PART_KEYS', 'Finding', 'lint_text',
-           'sample_texts', 'serving_shape', 'serving_problem', 'lint_calls', 'lint_chat', 'lint', 'unused_keys',
-           'lint_keys', 'lint_row']
+           'sample_texts', 'serving_shape', 'serving_problem', 'differing_text', 'lint_calls', 'lint_call', 'lint_chat',
+           'lint', 'unused_keys', 'lint_keys', 'lint_row']
 
 # %% ../../nbs/data/31_lint.ipynb #imports
 import json
@@ -16,11 +16,11 @@ from typing import Any, Iterator
 from mistral_common.protocol.instruct.messages import AssistantMessage, ToolMessage
 
 from ..core.display import one_line, safe_text
-from .certify import compare_with_servers
+from .certify import IdComparison, compare_with_servers
 from .lenient import parse_json
 from .markup import CONTROL, find_marks, SURROGATE
 from .schema import ChatSample, Location, parse_settings, role_name, Sample
-from .schema import TextSample
+
 from .tokens import effort_mismatch, Tokenizer, TokenSample
 
 # %% ../../nbs/data/31_lint.ipynb #codes
@@ -41,7 +41,7 @@ ERRORS = {
     "surrogate": "half of a character, which is no text",
 }
 
-# %% ../../nbs/data/31_lint.ipynb #warnings
+
 WARNINGS = {
     "too-long": "longer than seq_len", "no-trained": "no token of the row is trained",
     "blank": "a message, or a text, has nothing but white space in it",
@@ -76,9 +76,8 @@ class Finding:
     def level(self) -> str: return "error" if self.code in ERRORS else "warning"
 
     def __str__(self) -> str:
-        return safe_text(
-            f"{self.file}:{self.line}: {self.code}: {self.field + ': ' if self.field else ''}{self.problem}"
-        )
+        field = f"{self.field}: " if self.field else ""
+        return safe_text(f"{self.file}:{self.line}: {self.code}: {field}{self.problem}")
 
 # %% ../../nbs/data/31_lint.ipynb #lint-text
 Lint = tuple[str, str, str]  # code, field, problem
@@ -90,15 +89,11 @@ def lint_text(text: str, where: str) -> Iterator[Lint]:
     if found := SURROGATE.search(text):
         yield "lone-surrogate", where, f"half of a character, U+{ord(found[0]):04X}, at {found.start()}"
     if found := CONTROL.search(text):
-        yield (
-            "control-character", where,
-            f"U+{ord(found[0]):04X} at {found.start()}, {len(CONTROL.findall(text))} in all",
-        )
+        count = len(CONTROL.findall(text))
+        yield "control-character", where, f"U+{ord(found[0]):04X} at {found.start()}, {count} in all"
     for name, place, mark in find_marks(text):
-        yield (
-            "special-text", where,
-            f"{one_line(mark, 30)} at {place} looks like {name} markup: it is encoded as plain text",
-        )
+        problem = f"looks like {name} markup: it is encoded as plain text"
+        yield "special-text", where, f"{one_line(mark, 30)} at {place} {problem}"
 
 
 def sample_texts(sample: ChatSample) -> Iterator[tuple[str, str]]:
@@ -114,10 +109,6 @@ def _text_of(content: Any) -> str:
     if isinstance(content, str): return content
     return "".join(getattr(c, "text", None) or getattr(c, "thinking", "") for c in content or [])
 
-# %% ../../nbs/data/31_lint.ipynb #serving
-@lru_cache(maxsize=4)
-def _known_shapes(origin: str) -> dict[tuple, str]: return {}
-
 # %% ../../nbs/data/31_lint.ipynb #serving-shape
 def serving_shape(sample: ChatSample) -> tuple:
     "All that the answer of `serving_problem` depends on."
@@ -130,24 +121,28 @@ def serving_shape(sample: ChatSample) -> tuple:
 
     def calls(message: Any) -> tuple:
         every = getattr(message, "tool_calls", None) or []
-        return tuple(
-            (bool(c.function.arguments), made.index(c.id), _is_object(c.function.arguments)) for c in every
-        )
-    parts = []
-    for m in sample.messages:
-        asked = getattr(m, "tool_call_id", None)
-        parts.append(
-            (
-                m.role, getattr(m, "weight", None), kind(m.content), calls(m),
-                made.index(asked) if asked in made else asked is None,
-            )
-        )
-    return (kind(sample.system_prompt), bool(sample.tools), sample.only_last, repr(sample.settings), *parts)
+        written = [(c.id, c.function.arguments) for c in every]
+        return tuple((bool(text), made.index(id), _is_object(text)) for id, text in written)
 
-# %% ../../nbs/data/31_lint.ipynb #serving-problem
+    def asked(message: Any) -> Any:
+        id = getattr(message, "tool_call_id", None)
+        return made.index(id) if id in made else id is None
+
+    def shape(message: Any) -> tuple:
+        weight = getattr(message, "weight", None)
+        return (message.role, weight, kind(message.content), calls(message), asked(message))
+
+    whole = (kind(sample.system_prompt), bool(sample.tools), sample.only_last, repr(sample.settings))
+    return (*whole, *map(shape, sample.messages))
+
+
 def _is_object(text: str) -> bool:
     try: return isinstance(json.loads(text), dict)
     except (ValueError, RecursionError): return False
+
+# %% ../../nbs/data/31_lint.ipynb #serving-problem
+@lru_cache(maxsize=4)
+def _known_shapes(origin: str) -> dict[tuple, str]: return {}
 
 
 def serving_problem(sample: ChatSample, tokenizer: Tokenizer) -> str:
@@ -155,42 +150,45 @@ def serving_problem(sample: ChatSample, tokenizer: Tokenizer) -> str:
     known, shape = _known_shapes(tokenizer.origin), serving_shape(sample)
     if shape not in known:
         differing = next((a for a in compare_with_servers(sample, tokenizer) if not a.same), None)
-        place = differing and differing.what.removeprefix("server, ")
-        known[shape] = (
-            ""
-            if not differing
-            else f"{place}, a server would have {differing.theirs}"
-            if differing.theirs.startswith("refused")
-            else f"{place}, a server would send other tokens: certify shows them"
-        )
+        known[shape] = differing_text(differing) if differing else ""
     return known[shape]
 
-# %% ../../nbs/data/31_lint.ipynb #lint-chat
+
+def differing_text(answer: IdComparison) -> str:
+    "In words, what a server would do with a conversation."
+    place = answer.what.removeprefix("server, ")
+    if answer.theirs.startswith("refused"): return f"{place}, a server would have {answer.theirs}"
+    return f"{place}, a server would send other tokens: certify shows them"
+
+# %% ../../nbs/data/31_lint.ipynb #calls
 def lint_calls(sample: ChatSample) -> Iterator[Lint]:
     "What is odd about calls, their arguments and their results."
     declared, made, called = {t.function.name for t in sample.tools or ()}, [], False
     for i, m in enumerate(sample.messages):
         for call in (m.tool_calls or []) if isinstance(m, AssistantMessage) else []:
-            called, at = True, f"message {i}, call {call.function.name}"
-            if call.function.name not in declared:
-                yield (
-                    "undeclared-call", at,
-                    f"{call.function.name} is not among the tools: {', '.join(sorted(declared)) or 'none are declared'}",
-                )
-            if call.id in made and call.id != "null": yield "call-id", at, f"the id {call.id} was used before"
+            called = True
+            yield from lint_call(call, f"message {i}, call {call.function.name}", declared, made)
             made.append(call.id)
-            try: value = json.loads(call.function.arguments)
-            except (ValueError, RecursionError): value = None
-            if SURROGATE.search(json.dumps(value, ensure_ascii=False)):
-                yield "lone-surrogate", at, "half of a character in the arguments"
-            if not isinstance(value, dict):
-                yield "no-object", at, f"{one_line(call.function.arguments, 40)} is no JSON object"
         if isinstance(m, ToolMessage) and m.tool_call_id not in made:
             yield "call-id", f"message {i} (tool)", f"no call has the id {one_line(m.tool_call_id, 30)}"
     if declared and not called:
         yield "unused-tools", "tools", f"{', '.join(sorted(declared))}: none is called"
 
-# %% ../../nbs/data/31_lint.ipynb #lint-chat-code
+
+def lint_call(call: Any, where: str, declared: set[str], made: list[str]) -> Iterator[Lint]:
+    "What is odd about one call; `made` are the ids of those before it."
+    if call.function.name not in declared:
+        known = ", ".join(sorted(declared)) or "none are declared"
+        yield "undeclared-call", where, f"{call.function.name} is not among the tools: {known}"
+    if call.id in made and call.id != "null": yield "call-id", where, f"the id {call.id} was used before"
+    try: value = json.loads(call.function.arguments)
+    except (ValueError, RecursionError): value = None
+    if SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+        yield "lone-surrogate", where, "half of a character in the arguments"
+    if not isinstance(value, dict):
+        yield "no-object", where, f"{one_line(call.function.arguments, 40)} is no JSON object"
+
+# %% ../../nbs/data/31_lint.ipynb #lint-chat
 def lint_chat(sample: ChatSample, tokenizer: Tokenizer) -> Iterator[Lint]:
     "What is odd about a conversation that training accepts."
     for where, text in sample_texts(sample): yield from lint_text(text, where)
@@ -203,17 +201,13 @@ def lint_chat(sample: ChatSample, tokenizer: Tokenizer) -> Iterator[Lint]:
     if odd := effort_mismatch(sample, tokenizer): yield "serving", "reasoning_effort", " and ".join(odd)
     if problem := serving_problem(sample, tokenizer): yield "serving", "messages", problem
 
-# %% ../../nbs/data/31_lint.ipynb #lint
+
 def lint(sample: Sample, tokens: TokenSample, tokenizer: Tokenizer) -> Iterator[Lint]:
     "What is odd about a row that training accepts."
-    yield from (
-        lint_text(sample.text, "text") if isinstance(sample, TextSample) else lint_chat(sample, tokenizer)
-    )
-    if not tokens.mask[1:].any():
-        yield (
-            "no-trained", "",
-            "every answer has weight 0" if isinstance(sample, ChatSample) else "there is nothing to learn",
-        )
+    is_chat = isinstance(sample, ChatSample)
+    yield from lint_chat(sample, tokenizer) if is_chat else lint_text(sample.text, "text")
+    if tokens.mask[1:].any(): return
+    yield "no-trained", "", "every answer has weight 0" if is_chat else "there is nothing to learn"
 
 # %% ../../nbs/data/31_lint.ipynb #keys
 ROW_KEYS = dict(
@@ -224,13 +218,16 @@ ROW_KEYS = dict(
     pretrain={"text", "content"},
 )
 ROLE_KEYS = dict(
-    user={"role", "is_user", "content", "text"}, system={"role", "content", "text"},
+    user={"role", "is_user", "content", "text"},
+    system={"role", "content", "text"},
     assistant={"role", "is_user", "content", "text", "weight", "tool_calls"},
     tool={"role", "content", "text", "tool_call_id", "name"},
 )
 PART_KEYS = dict(
-    call={"id", "type", "function", "index"}, tool={"type", "function"},
-    call_function={"name", "arguments"}, tool_function={"name", "description", "parameters", "strict"},
+    call={"id", "type", "function", "index"},
+    tool={"type", "function"},
+    call_function={"name", "arguments"},
+    tool_function={"name", "description", "parameters", "strict"},
 )
 
 
@@ -250,10 +247,9 @@ def lint_keys(line: bytes) -> Iterator[Lint]:
 # %% ../../nbs/data/31_lint.ipynb #lint-row
 def lint_row(row: dict, kind: str = "instruct") -> Iterator[Lint]:
     "What a row says that training does not use."
-    settings = (
-        {"settings"} if parse_settings({k: row[k] for k in ("settings",) if k in row}, Location()) else set()
-    )
-    if extra := unused_keys(row, ROW_KEYS[kind] | settings): yield "ignored", "", f"{extra} is not used"
+    known = set(ROW_KEYS[kind])
+    if "settings" in row and parse_settings({"settings": row["settings"]}, Location()): known.add("settings")
+    if extra := unused_keys(row, known): yield "ignored", "", f"{extra} is not used"
     if kind == "pretrain": return
     for i, m in enumerate(row.get("messages", row.get("interactions")) or []):
         role = m.get("role", "user" if m.get("is_user") else "assistant")
@@ -265,7 +261,7 @@ def lint_row(row: dict, kind: str = "instruct") -> Iterator[Lint]:
             yield "ignored", key, f"{one_line(repr(row[key]), 30)} is taken for no tools"
         for k, tool in enumerate(row.get(key) or []): yield from _lint_part(tool, "tool", f"{key}[{k}]")
 
-# %% ../../nbs/data/31_lint.ipynb #lint-part
+
 def _lint_part(thing: Any, kind: str, where: str) -> Iterator[Lint]:
     if not isinstance(thing, dict): return
     func = thing.get("function")
