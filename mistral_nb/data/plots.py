@@ -43,10 +43,8 @@ def draw_turns(axes: Any, data: Sequence[TokenizedSource]) -> None:
 
 def draw_trained(axes: Any, data: Sequence[TokenizedSource]) -> None:
     "The share of a sample's tokens that is trained."
-    axes.hist(
-        [d.samples.trained / np.maximum(1, d.samples.length - 1) for d in data], np.linspace(0, 1, 21),
-        stacked=True,
-    )
+    shares = [d.samples.trained / np.maximum(1, d.samples.length - 1) for d in data]
+    axes.hist(shares, np.linspace(0, 1, 21), stacked=True)
     axes.set(xlabel="share of trained tokens", title="Trained")
 
 # %% ../../nbs/data/30_plots.ipynb #compare-packings
@@ -58,14 +56,12 @@ def compare_packings(
     order = np.random.RandomState(0).permutation(len(samples))[:most].tolist()
     padded, cut, best = PackCounts(), PackCounts(), PackCounts()
     for i in order:
-        size, trained = (
-            min(int(samples.length[i]) - 1, seq_len),
-            count_trained(samples, i, 1, min(int(samples.length[i]), seq_len + 1)),
-        )
-        padded.rows, padded.trained, padded.masked, padded.padding = (
-            padded.rows + 1, padded.trained + trained, padded.masked + size - trained,
-            padded.padding + seq_len - size,
-        )
+        size = min(int(samples.length[i]) - 1, seq_len)
+        trained = count_trained(samples, i, 1, size + 1)
+        padded.rows += 1
+        padded.trained += trained
+        padded.masked += size - trained
+        padded.padding += seq_len - size
     for _ in mistral_rows(order, samples, seq_len, True, cut): pass
     for _ in best_fit_rows(order, samples, seq_len, best): pass
     return {"a sample a row": padded, "cut at row ends": cut, "best fit": best}
@@ -73,18 +69,15 @@ def compare_packings(
 # %% ../../nbs/data/30_plots.ipynb #draw-packing
 def draw_packing(axes: Any, found: dict[str, PackCounts]) -> None:
     "Trained, prompt and empty positions, in rows of one length."
-    names, left = (
-        [f"{n}\n{c.rows:,} rows" + (f", {c.cut:,} cut" if c.cut else "") for n, c in found.items()],
-        np.zeros(len(found)),
-    )
-    for what, color in (("trained", "tab:blue"), ("masked", "tab:gray"), ("padding", "whitesmoke")):
-        width = np.array(
-            [getattr(c, what) / max(1, c.trained + c.masked + c.padding) for c in found.values()]
-        )
-        axes.barh(
-            names, width, left=left, color=color, edgecolor="gray",
-            label={"masked": "prompt", "padding": "empty"}.get(what, what),
-        )
+    names, left = [], np.zeros(len(found))
+    for name, counts in found.items():
+        names.append(f"{name}\n{counts.rows:,} rows" + (f", {counts.cut:,} cut" if counts.cut else ""))
+    totals = np.array([max(1, c.trained + c.masked + c.padding) for c in found.values()])
+    labels = dict(trained="trained", masked="prompt", padding="empty")
+    colors = dict(trained="tab:blue", masked="tab:gray", padding="whitesmoke")
+    for what, label in labels.items():
+        width = np.array([getattr(c, what) for c in found.values()]) / totals
+        axes.barh(names, width, left=left, color=colors[what], edgecolor="gray", label=label)
         left += width
     axes.set(xlim=(0, 1), title="Packing")
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
