@@ -25,18 +25,21 @@ class ReadRow(dict):
     "A row with what its reader has to say of it."
     notes: tuple[str, ...] = ()
 
-# %% ../../nbs/data/11_lenient.ipynb #parse-json
+
 def parse_json(text: str) -> tuple[Any, tuple[str, ...]]:
     "The value of a JSON text, and the keys that one object in it has twice."
     twice: list[str] = []
 
     def note(pairs: list[tuple[str, Any]]) -> dict:
         found = dict(pairs)
-        if len(found) < len(pairs): twice.extend(k for k, n in Counter(k for k, _ in pairs).items() if n > 1)
+        if len(found) < len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            twice.extend(key for key, n in counts.items() if n > 1)
         return found
+
     return json.loads(text, object_pairs_hook=note), tuple(dict.fromkeys(twice))
 
-# %% ../../nbs/data/11_lenient.ipynb #with-notes
+
 def duplicate_key_notes(twice: Iterable[str]) -> tuple[str, ...]:
     "A note for each key that stands twice."
     return tuple(f"{key} stands twice: the last one counts" for key in dict.fromkeys(twice))
@@ -52,9 +55,7 @@ def with_notes(row: Any, twice: Iterable[str]) -> Any:
 # %% ../../nbs/data/11_lenient.ipynb #loose
 _QUOTED = re.compile(r"""(["']arguments["']\s*:\s*)'(.*)'(\s*}\s*]?\s*)$""", re.S)
 _TRAILING = re.compile(r'("(?:\\.|[^"\\])*(?:"|$))|,(?=\s*[}\]])', re.S)
-MAX_LITERAL_CHARS = (
-    5_000_000  # characters that are tried as a Python literal, which takes fifty times as much memory
-)
+MAX_LITERAL_CHARS = 5_000_000  # that are tried as a Python literal
 
 
 def parse_lenient(text: str, twice: list[str] | None = None) -> Any:
@@ -76,18 +77,18 @@ def _json_with_commas(text: str, twice: list[str]) -> Any:
     "JSON with a comma behind the last item, or behind all of it"
     return _json(_TRAILING.sub(lambda m: m[1] or "", text.strip().rstrip(",")), twice)
 
-# %% ../../nbs/data/11_lenient.ipynb #python
+
 def _python(text: str, twice: list[str]) -> Any:
     if len(text) > MAX_LITERAL_CHARS: raise ValueError("too long")
     value = ast.literal_eval(text.strip())
     json.dumps(value)  # sets, bytes and the like are no data
     for node in ast.walk(ast.parse(text.strip(), mode="eval")):
-        if isinstance(node, ast.Dict):
-            counts = Counter(c.value for c in node.keys if isinstance(c, ast.Constant))
-            twice += [key for key, n in counts.items() if n > 1]
+        if not isinstance(node, ast.Dict): continue
+        counts = Counter(key.value for key in node.keys if isinstance(key, ast.Constant))
+        twice += [key for key, n in counts.items() if n > 1]
     return value
 
-# %% ../../nbs/data/11_lenient.ipynb #single-quoted
+
 def _single_quoted(text: str, twice: list[str]) -> Any:
     found = _QUOTED.search(text)
     if not found: raise ValueError
@@ -127,16 +128,15 @@ def bracket_depth(line: str) -> int:
     bare = _STRING.sub("", line)
     return sum(map(bare.count, "{[")) - sum(map(bare.count, "}]"))
 
-# %% ../../nbs/data/11_lenient.ipynb #joined-lines
+
 def joined_lines(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     "`(number of the first line, text)` for each value of a file of JSON, whether it takes a line or several."
     held: list[tuple[int, str]] = []
     still_open = 0
     for n, line in enumerate(lines, 1):
-        alone = bracket_depth(line) == 0 and line[:1] == "{"
-        if held and (
-            alone and not held[-1][1].rstrip().endswith(("[", ",", ":")) or len(held) > MAX_VALUE_LINES
-        ):
+        alone = line[:1] == "{" and bracket_depth(line) == 0
+        expected = bool(held) and held[-1][1].rstrip().endswith(("[", ",", ":"))
+        if held and (alone and not expected or len(held) > MAX_VALUE_LINES):
             yield from held  # the value was never closed: its lines are errors
             held, still_open = [], 0
         if held:
@@ -165,7 +165,7 @@ def read_values(text: str) -> list[tuple[Any, tuple[str, ...]]]:
         except ValueError: found = _literal(text, error)
     return [_opened_once(*pair) for pair in found]
 
-# %% ../../nbs/data/11_lenient.ipynb #in-a-row
+
 def _in_a_row(text: str) -> list[tuple[Any, tuple[str, ...]]]:
     "Objects and lists one behind the other, with commas or white space between them"
     found, at = [], _GAP.match(text).end()
@@ -176,7 +176,7 @@ def _in_a_row(text: str) -> list[tuple[Any, tuple[str, ...]]]:
         at = _GAP.match(text, end).end()
     return found
 
-# %% ../../nbs/data/11_lenient.ipynb #literal
+
 def _literal(text: str, error: ValueError) -> list[tuple[Any, tuple[str, ...]]]:
     twice: list[str] = []
     for read in (_json_with_commas, _python):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_DEPTH', 'to_plain_values', 'is_too_deep', 'parse_json_cells', 'Rows', 'read_rows', 'without_nulls',
-           'RefusedRowError', 'write_rows', 'to_json_line', 'train_eval_split']
+           'RefusedRowError', 'write_rows', 'to_json_line', 'row_groups', 'count_of', 'train_eval_split']
 
 # %% ../../nbs/data/13_rows.ipynb #imports
 import json
@@ -31,9 +31,8 @@ def to_plain_values(value: Any) -> Any:
         return to_plain_values(value.item())
     if isinstance(value, (list, tuple, set, np.ndarray)): return [to_plain_values(v) for v in value]
     if isinstance(value, bytes): return value.decode("utf-8")  # `UnicodeDecodeError` for a picture, say
-    if hasattr(value, "isoformat"):
-        return None if value != value else value.isoformat()  # NaT is not equal to itself
-    return str(value)
+    if not hasattr(value, "isoformat"): return str(value)
+    return value.isoformat() if value == value else None  # NaT is not equal to itself
 
 # %% ../../nbs/data/13_rows.ipynb #deep
 MAX_DEPTH = 100  # levels of lists and objects in a row
@@ -43,16 +42,12 @@ def is_too_deep(value: Any, most: int = MAX_DEPTH) -> bool:
     "Whether lists and objects stand in one another more than `most` times; any depth can be asked for."
     level = [value]
     for _ in range(most):
-        level = [
-            v
-            for node in level
-            for v in (node.values() if isinstance(node, dict) else node)
-            if isinstance(v, dict | list)
-        ]
+        inner = [node.values() if isinstance(node, dict) else node for node in level]
+        level = [value for values in inner for value in values if isinstance(value, dict | list)]
         if not level: return False
     return True
 
-# %% ../../nbs/data/13_rows.ipynb #parse-json-cells
+
 def parse_json_cells(row: dict, twice: list[str] | None = None) -> dict:
     "A row in which columns of conversations and tools that hold text, as in csv files, hold what it says."
     return {k: _said(v, twice) if k in NESTED_ROWS and isinstance(v, str) else v for k, v in row.items()}
@@ -62,46 +57,14 @@ def _said(text: str, twice: list[str] | None) -> Any:
     try: return parse_lenient(text, twice) if text.lstrip()[:1] in ("[", "{") else text
     except ValueError: return text
 
-# %% ../../nbs/data/13_rows.ipynb #read
-class Rows(Iterator):
-    "A stream of `(place, row)`; what cannot be read stands in its place as a `SampleError`."
-
-    def __init__(self, pairs: Iterable[tuple[Location, Any]], notes: Counter):
-        self.pairs = iter(pairs)
-        self.notes = notes  # what was left out or taken otherwise; grows while reading
-
-    def __next__(self) -> tuple[Location, Any]: return next(self.pairs)
-
-# %% ../../nbs/data/13_rows.ipynb #read-rows
-def read_rows(source: Any) -> Rows:
-    "`(place, row)` of a file, a folder of files, a DataFrame, an Arrow table or any iterable of rows."
-    notes: Counter = Counter()
-    if isinstance(source, (str, Path)): found = _rows_of_path(Path(source), notes)
-    elif isinstance(source, dict): raise TypeError(_one_dict(source))
-    else:
-        numbered = enumerate(_items(source), 1)
-        found = ((Location("rows", n), row) for n, item in numbered for row in _rows_of_item(item))
-    return Rows(((where, _cleaned(where, row)) for where, row in found), notes)
-
-# %% ../../nbs/data/13_rows.ipynb #one-dict
-def _one_dict(source: dict) -> str:
-    "What to do with a dict where rows are asked for"
-    parts = [k for k, v in source.items() if not isinstance(v, str | int | float | list | dict | None)]
-    if parts: return f"these are several sets of rows: give one of them, such as source[{parts[0]!r}]"
-    return "one dict is one row: give a list of them"
-
-
-def _rows_of_item(item: Any) -> list:
-    return [item] if isinstance(item, list) and is_too_deep(item) else rows_of_value(item)
-
-
+# %% ../../nbs/data/13_rows.ipynb #sources
 def _rows_of_path(path: Path, notes: Counter) -> Iterator[tuple[Location, Any]]:
     if not path.exists(): raise FileNotFoundError(f"there is no {path}: looked in {Path.cwd()}")
     files = files_in(path, notes) if path.is_dir() else [path]
     if not files: raise ValueError(f"no file to read in {path}: looked for {', '.join(READABLE_SUFFIXES)}")
     return (pair for file in files for pair in read_file(file, notes))
 
-# %% ../../nbs/data/13_rows.ipynb #items
+
 def _items(source: Any) -> Iterable:
     "The rows of a DataFrame, an Arrow table or another iterable, each as Python's own values"
     columns = [str(c) for c in getattr(source, "column_names", getattr(source, "columns", []))]
@@ -113,7 +76,39 @@ def _items(source: Any) -> Iterable:
         return (row for batch in source.to_batches() for row in batch.to_pylist())
     return source
 
-# %% ../../nbs/data/13_rows.ipynb #cleaned
+
+def _rows_of_item(item: Any) -> list:
+    return [item] if isinstance(item, list) and is_too_deep(item) else rows_of_value(item)
+
+
+def _one_dict(source: dict) -> str:
+    "What to do with a dict where rows are asked for"
+    parts = [k for k, v in source.items() if not isinstance(v, str | int | float | list | dict | None)]
+    if parts: return f"these are several sets of rows: give one of them, such as source[{parts[0]!r}]"
+    return "one dict is one row: give a list of them"
+
+# %% ../../nbs/data/13_rows.ipynb #read
+class Rows(Iterator):
+    "A stream of `(place, row)`; what cannot be read stands in its place as a `SampleError`."
+
+    def __init__(self, pairs: Iterable[tuple[Location, Any]], notes: Counter):
+        self.pairs = iter(pairs)
+        self.notes = notes  # what was left out or taken otherwise; grows while reading
+
+    def __next__(self) -> tuple[Location, Any]: return next(self.pairs)
+
+
+def read_rows(source: Any) -> Rows:
+    "`(place, row)` of a file, a folder of files, a DataFrame, an Arrow table or any iterable of rows."
+    notes: Counter = Counter()
+    if isinstance(source, (str, Path)): found = _rows_of_path(Path(source), notes)
+    elif isinstance(source, dict): raise TypeError(_one_dict(source))
+    else:
+        numbered = enumerate(_items(source), 1)
+        found = ((Location("rows", n), row) for n, item in numbered for row in _rows_of_item(item))
+    return Rows(((where, _cleaned(where, row)) for where, row in found), notes)
+
+
 def _cleaned(where: Location, row: Any) -> Any:
     if isinstance(row, dict | list) and is_too_deep(row):
         return SampleError(where, f"it is nested more than {MAX_DEPTH} deep", "", "json")
@@ -156,11 +151,31 @@ def write_rows(rows: Iterable[dict], path: str | Path, overwrite: bool = False) 
         raise FileExistsError(f"{path} is there already: choose another name, or overwrite=True")
     return write_atomic(path, (f"{to_json_line(row)}\n".encode() for row in rows))
 
-# %% ../../nbs/data/13_rows.ipynb #to-json-line
+
 def to_json_line(row: Any) -> str:
     "A row as one line of JSON; unpaired surrogates, which no file can hold, are written as escapes."
     text = json.dumps(row, ensure_ascii=False)
     return text if not any("\ud800" <= c <= "\udfff" for c in text) else json.dumps(row)
+
+# %% ../../nbs/data/13_rows.ipynb #row-groups
+def row_groups(records: list, by: Any = None) -> list[list[int]]:
+    "The numbers of the rows that stay together: those with the same `by`, or the same content."
+    if isinstance(by, str) and (missing := sum(by not in row for row in records)):
+        columns = ", ".join(sorted({key for row in records for key in row}))
+        raise ValueError(f"{missing} of {len(records)} rows have no {by!r}: the columns are {columns}")
+    if odd := [row for row in records if not isinstance(row, dict)]:
+        raise ValueError(f"{len(odd)} rows are no objects: {odd[0]}")
+    groups: dict[Any, list[int]] = {}
+    for i, row in enumerate(records):
+        key = by(row) if callable(by) else row[by] if by else row
+        if not isinstance(key, int | float | str): key = json.dumps(key, sort_keys=True, default=str)
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())
+
+
+def count_of(part: float | int, total: int) -> int:
+    "A number of rows: a share of `total`, at least one, or the number itself."
+    return max(1, round(part * total)) if isinstance(part, float) and part > 0 else int(part)
 
 # %% ../../nbs/data/13_rows.ipynb #split
 def train_eval_split(
@@ -172,32 +187,21 @@ def train_eval_split(
 ) -> tuple[Any, Any]:
     "`(training rows, evaluation rows)`: whole groups in their old order; two DataFrames of one, else lists."
     records = [row for _, row in read_rows(rows)]
-    if isinstance(by, str) and (missing := sum(by not in r for r in records)):
-        columns = ", ".join(sorted({k for r in records for k in r}))
-        raise ValueError(f"{missing} of {len(records)} rows have no {by!r}: the columns are {columns}")
-    if odd := [r for r in records if not isinstance(r, dict)]:
-        raise ValueError(f"{len(odd)} rows are no objects: {odd[0]}")
-    named = by if callable(by) else (lambda r: r[by]) if by else (lambda r: r)
-    key = lambda r: (
-        v if isinstance(v := named(r), int | float | str) else json.dumps(v, sort_keys=True, default=str)
-    )
-    groups: dict[Any, list[int]] = {}
-    for i, r in enumerate(records): groups.setdefault(key(r), []).append(i)
-    count = lambda part: (
-        max(1, round(part * len(records))) if isinstance(part, float) and part > 0 else int(part)
-    )
-    wanted, most = count(eval), len(records) if train is None else count(train)
-    if not 0 <= wanted <= len(records) or most < 0 or wanted + (0 if train is None else most) > len(records):
-        raise ValueError(f"eval={eval} and train={train} do not fit {len(records)} rows")
+    groups = row_groups(records, by)
+    total, wanted = len(records), count_of(eval, len(records))
+    most = total if train is None else count_of(train, total)
+    fits = 0 <= wanted <= total and most >= 0 and (train is None or wanted + most <= total)
+    if not fits: raise ValueError(f"eval={eval} and train={train} do not fit {total} rows")
     held, learnt = [], []
-    order = list(groups.values())
-    for k in np.random.default_rng(seed).permutation(len(order)):
-        if len(held) < wanted and len(held) + len(order[k]) <= max(wanted, 1) * 1.1 + 1: held += order[k]
-        elif len(learnt) < most: learnt += order[k]
+    for k in np.random.default_rng(seed).permutation(len(groups)):
+        if len(held) < wanted and len(held) + len(groups[k]) <= max(wanted, 1) * 1.1 + 1: held += groups[k]
+        elif len(learnt) < most: learnt += groups[k]
     if wanted and not held:
-        found = f"{len(groups)} groups, the smallest has {min(map(len, order))}"
+        found = f"{len(groups)} groups, the smallest has {min(map(len, groups))}"
         raise ValueError(f"no group is small enough for {wanted} evaluation rows: {found}")
-    take = lambda chosen: (
-        rows.iloc[sorted(chosen)] if hasattr(rows, "iloc") else [records[i] for i in sorted(chosen)]
-    )
+
+    def take(chosen: list[int]) -> Any:
+        if hasattr(rows, "iloc"): return rows.iloc[sorted(chosen)]
+        return [records[i] for i in sorted(chosen)]
+
     return take(learnt), take(held)
