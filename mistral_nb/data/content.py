@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEDIA_PARTS', 'THOUGHT_KEYS', 'TRAIN_FLAGS', 'ID_LETTERS', 'UsedKeys', 'message_text', 'content_part',
-           'message_content', 'is_blank', 'add_thoughts', 'parse_flag', 'answer_weight', 'CallIds']
+           'message_content', 'is_blank', 'add_thoughts', 'thought_beside', 'without_thoughts', 'parse_flag',
+           'answer_weight', 'CallIds']
 
 # %% ../../nbs/data/15_content.ipynb #imports
 import hashlib
@@ -47,12 +48,11 @@ def message_text(value: Any, what: str = "content") -> str:
     "The text of a cell that must be one: a text or a number."
     if value is None: return ""
     if isinstance(value, str): return value
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))  # a whole number beside an empty cell
+    if isinstance(value, float) and value.is_integer(): return str(int(value))  # beside an empty cell
     if isinstance(value, int | float) and not isinstance(value, bool): return str(value)
     raise RefusedRowError(f"{what} is not a text", one_line(repr(value), 40))
 
-# %% ../../nbs/data/15_content.ipynb #content-part
+
 def content_part(part: Any, notes: list[str]) -> dict:
     "One part of a message: text, or a thought."
     if isinstance(part, str): return {"type": "text", "text": part}
@@ -87,15 +87,14 @@ def message_content(value: Any, role: str, notes: list[str]) -> str | list[dict]
     if not parts: return ""
     return parts[0]["text"] if len(parts) == 1 and parts[0]["type"] == "text" else parts
 
-# %% ../../nbs/data/15_content.ipynb #is-data
+
 def _is_data(value: Any) -> bool:
     "Whether a value is data, and not a text or its parts"
     if isinstance(value, bool): return True
-    if not isinstance(value, list) or any(
-        isinstance(p, dict) and p.get("type") in MEDIA_PARTS for p in value
-    ):
-        return False
+    if not isinstance(value, list): return False
+    if any(isinstance(p, dict) and p.get("type") in MEDIA_PARTS for p in value): return False
     return any(not isinstance(p, dict | str) or isinstance(p, dict) and "text" not in p for p in value)
+
 
 MEDIA_PARTS = ("image", "image_url", "input_image", "audio", "input_audio", "video", "file", "document")
 
@@ -113,25 +112,33 @@ THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 def add_thoughts(message: UsedKeys, content: Any, keep: bool, notes: list[str]) -> Any:
     "The content of an answer with its thoughts as parts; without `keep` they are left out, or stay words."
-    thought = next(
-        (t for k in THOUGHT_KEYS if isinstance(t := message.thing.get(k), str) and t.strip()), None
-    )
-    if thought is not None:
-        for key in THOUGHT_KEYS:
-            if message.thing.get(key) in (thought, None): message.get(key)
+    thought = thought_beside(message)
     if thought is None and isinstance(content, str) and keep and (found := _THINK.match(content)):
         thought, content = found[2].strip(), content[found.end() :]
         if not thought: notes.append("an empty thought left out")
-    parts = content
-    if isinstance(content, list) and not keep: parts = [p for p in content if p["type"] != "thinking"]
-    if parts != content:
-        notes.append(_NO_PLACE)
-        content = parts[0]["text"] if len(parts) == 1 else parts or ""
+    if isinstance(content, list) and not keep: content = without_thoughts(content, notes)
     if not thought: return content
     notes.append("a thought made a thinking part" if keep else _NO_PLACE)
     if not keep: return content
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
     return [{"type": "thinking", "thinking": thought}, *parts]
+
+
+def thought_beside(message: UsedKeys) -> str | None:
+    "The thought that stands under a key of its own; other keys that say the same, or nothing, count as read."
+    said = [message.thing.get(key) for key in THOUGHT_KEYS]
+    thought = next((text for text in said if isinstance(text, str) and text.strip()), None)
+    for key in THOUGHT_KEYS if thought is not None else ():
+        if message.thing.get(key) in (thought, None): message.get(key)
+    return thought
+
+
+def without_thoughts(content: list[dict], notes: list[str]) -> str | list[dict]:
+    "Parts without thoughts; a single one is its text."
+    parts = [part for part in content if part["type"] != "thinking"]
+    if parts == content: return content
+    notes.append(_NO_PLACE)
+    return parts[0]["text"] if len(parts) == 1 else parts or ""
 
 # %% ../../nbs/data/15_content.ipynb #weights
 TRAIN_FLAGS = ("weight", "loss_weight", "loss", "train", "trainable", "train_on_turn")
@@ -142,7 +149,7 @@ def parse_flag(value: Any) -> int | None:
     "0 or 1 for a value that means one of them, else None."
     return _FLAGS.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None
 
-# %% ../../nbs/data/15_content.ipynb #answer-weight
+
 def answer_weight(thing: UsedKeys, notes: list[str]) -> int | None:
     "The weight that a message or row gives its answers; None if it gives none."
     found: dict[str, int] = {}

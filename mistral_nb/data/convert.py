@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEDIA_KEYS', 'APPROVAL_KEYS', 'REJECTION_KEYS', 'FLAG_KEYS', 'PASSED_KEYS', 'refuse_unwanted', 'texts_of_row',
-           'oddity_notes', 'convert_row', 'Conversion', 'convert', 'kept_rows', 'refused_file', 'write_refused',
-           'finetune_reformat']
+           'oddity_notes', 'convert_row', 'Conversion', 'conversion_table', 'check_target', 'kept_rows', 'convert',
+           'refused_file', 'write_refused', 'finetune_reformat']
 
 # %% ../../nbs/data/19_convert.ipynb #imports
 import ast
@@ -16,12 +16,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
-from ..core.display import one_line, Table
-from .formats import FORMATS, READ_FORMATS, UnknownFormatError, guess_format, named_columns  # noqa: F401
+from ..core.display import Table, one_line
+from .content import CallIds, UsedKeys, answer_weight, parse_flag
+from .formats import FORMATS, READ_FORMATS, guess_format, named_columns
+from .formats import UnknownFormatError  # noqa: F401
 from .markup import CONTROL, find_marks
-from .content import CallIds, UsedKeys
-from .messages import DraftChat, MessageReader, ROLE_NAMES, UnreadableCallError
-from .content import answer_weight, parse_flag
+from .messages import ROLE_NAMES, DraftChat, MessageReader, UnreadableCallError
 from .messages import finish_draft
 from .rows import RefusedRowError, Rows, read_rows, write_rows
 from .schema import REQUEST_SETTINGS, SampleError, parse_row
@@ -58,17 +58,14 @@ def refuse_unwanted(row: UsedKeys, is_text: bool) -> list[str]:
 # %% ../../nbs/data/19_convert.ipynb #odd
 def texts_of_row(value: Any) -> Iterator[str]:
     "All texts in the messages of a converted row, or its text."
-    todo = [value]
+    names, todo = ("role", "type", "id", "tool_call_id", "tools", "name"), [value]
     while todo:
         node = todo.pop()
         if isinstance(node, str): yield node
         elif isinstance(node, list): todo += node
-        elif isinstance(node, dict):
-            todo += [
-                v for k, v in node.items() if k not in ("role", "type", "id", "tool_call_id", "tools", "name")
-            ]
+        elif isinstance(node, dict): todo += [v for key, v in node.items() if key not in names]
 
-# %% ../../nbs/data/19_convert.ipynb #oddity-notes
+
 def oddity_notes(row: dict) -> set[str]:
     "What a reader should know of the texts of a converted row."
     notes = set()
@@ -77,12 +74,57 @@ def oddity_notes(row: dict) -> set[str]:
         notes |= {f"words that look like {name} markup kept" for name, _, _ in find_marks(text)}
     return notes
 
+# %% ../../nbs/data/19_convert.ipynb #converted
+PASSED_KEYS = ("only_last", "reasoning_effort", "settings")  # that training reads, the last two from v15 on
+
+
+def _converted(row: UsedKeys, form: Any, how: MessageReader) -> tuple[dict, list[str]]:
+    "The row for training of one that fits, and notes"
+    notes: list[str] = []
+    draft = _draft(row, form, how)
+    weight = answer_weight(row, notes)
+    if isinstance(draft, str):
+        if weight == 0: raise RefusedRowError("marked as not trained: its weight is 0")
+        return {"text": draft}, notes
+    out = {"messages": finish_draft(draft, whole=how.version is not None and how.version >= 7)}
+    for m in out["messages"]:
+        if m["role"] == "assistant" and weight is not None: m["weight"] = min(weight, m.get("weight", 1))
+    if draft.tools: out["tools"] = draft.tools
+    out |= {key: row.get(key) for key in _passed_keys(row, how.version) if row.thing.get(key) is not None}
+    if row.thing.get("available_tools") == []: out.setdefault("only_last", True)
+    _try(out)
+    return out, draft.notes + notes
+
+
+def _passed_keys(row: UsedKeys, version: int | None) -> tuple[str, ...]:
+    "The keys of a row that go on to training as they are"
+    if version is not None and version < 15: return PASSED_KEYS[:1]
+    settings = row.thing.get("settings")
+    is_ours = isinstance(settings, dict) and not set(REQUEST_SETTINGS).isdisjoint(settings)
+    return PASSED_KEYS if is_ours else PASSED_KEYS[:2]  # else somebody's notes
+
+
+def _draft(row: UsedKeys, form: Any, how: MessageReader) -> DraftChat | str:
+    "The draft of a row; if a call cannot be read, of what stands before it"
+    try: return form.read(row, how)
+    except UnreadableCallError as e:
+        if not any(m["role"] == "assistant" for m in e.before.messages): raise
+        e.before.notes.append("cut at a call that cannot be read")
+        return e.before
+
+
+def _try(row: dict) -> None:
+    "`RefusedRowError` if training would not take a row, whichever version it is for"
+    parts = [part for m in row["messages"] if isinstance(m.get("content"), list) for part in m["content"]]
+    both = any(m.get("tool_calls") and m.get("content") for m in row["messages"])
+    version = "v7" if both else "v3"
+    if any(part["type"] == "thinking" for part in parts): version = "v13"
+    try: parse_row(row, version=version)
+    except SampleError as e:
+        problem = f"{e.where.field}: {e.problem}"
+        raise RefusedRowError(f"training would refuse the row ({e.code})", problem) from None
+
 # %% ../../nbs/data/19_convert.ipynb #row
-PASSED_KEYS = (
-    "only_last", "reasoning_effort", "settings",
-)  # what training also reads; the last two from v15 on
-
-
 def convert_row(
     row: Any,
     format: str,  # a key of `FORMATS`
@@ -97,61 +139,13 @@ def convert_row(
     notes = [*getattr(row, "notes", ()), *refuse_unwanted(fields, format == "text")]
     if format != "preference" and FORMATS["preference"].fits(named): FORMATS["preference"].read(fields, None)
     if not form.fits(named):
-        raise RefusedRowError(
-            f"not a row of {format} ({form.looks})",
-            f"it has {one_line(', '.join(map(str, row)) or 'nothing', 60)}",
-        )
+        keys = one_line(", ".join(map(str, row)) or "nothing", 60)
+        raise RefusedRowError(f"not a row of {format} ({form.looks})", f"it has {keys}")
     try: out, found = _converted(fields, form, MessageReader(CallIds(seed, [number, row]), version))
     except RefusedRowError: raise
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
         raise RefusedRowError(f"not a row of {format}", one_line(e, 60)) from None
     return out, list(dict.fromkeys([*notes, *found, *fields.left(), *sorted(oddity_notes(out))]))
-
-# %% ../../nbs/data/19_convert.ipynb #converted
-def _converted(row: UsedKeys, form: Any, how: MessageReader) -> tuple[dict, list[str]]:
-    "The row for training of one that fits, and notes"
-    notes: list[str] = []
-    draft = _draft(row, form, how)
-    weight = answer_weight(row, notes)
-    if isinstance(draft, str):
-        if weight == 0: raise RefusedRowError("marked as not trained: its weight is 0")
-        return {"text": draft}, notes
-    out = {"messages": finish_draft(draft, whole=how.version is not None and how.version >= 7)}
-    for m in out["messages"]:
-        if m["role"] == "assistant" and weight is not None: m["weight"] = min(weight, m.get("weight", 1))
-    if draft.tools: out["tools"] = draft.tools
-    passed = PASSED_KEYS if how.version is None or how.version >= 15 else PASSED_KEYS[:1]
-    if not isinstance(row.thing.get("settings"), dict) or set(REQUEST_SETTINGS).isdisjoint(
-        row.thing["settings"]
-    ):
-        passed = passed[:2]  # somebody's notes
-    out |= {k: row.get(k) for k in passed if row.thing.get(k) is not None}
-    if row.thing.get("available_tools") == []: out.setdefault("only_last", True)
-    _try(out)
-    return out, draft.notes + notes
-
-# %% ../../nbs/data/19_convert.ipynb #draft
-def _draft(row: UsedKeys, form: Any, how: MessageReader) -> DraftChat | str:
-    "The draft of a row; if a call cannot be read, of what stands before it"
-    try: return form.read(row, how)
-    except UnreadableCallError as e:
-        if not any(m["role"] == "assistant" for m in e.before.messages): raise
-        e.before.notes.append("cut at a call that cannot be read")
-        return e.before
-
-# %% ../../nbs/data/19_convert.ipynb #try
-def _try(row: dict) -> None:
-    "`RefusedRowError` if training would not take a row, whichever version it is for"
-    thinks = any(
-        isinstance(m.get("content"), list) and any(p["type"] == "thinking" for p in m["content"])
-        for m in row["messages"]
-    )
-    both = any(m.get("tool_calls") and m.get("content") for m in row["messages"])
-    try: parse_row(row, version="v13" if thinks else "v7" if both else "v3")
-    except SampleError as e:
-        raise RefusedRowError(
-            f"training would refuse the row ({e.code})", f"{e.where.field}: {e.problem}"
-        ) from None
 
 # %% ../../nbs/data/19_convert.ipynb #result
 @dataclass(eq=False)
@@ -170,20 +164,22 @@ class Conversion:
 
     @property
     def frame(self) -> Any:
-        "The converted rows as a DataFrame"
         import pandas
-        return pandas.DataFrame(self.rows if not self.path else [r for _, r in read_rows(self.path)])
+        return pandas.DataFrame(list(self.every()))
 
     @property
     def refused_frame(self) -> Any:
-        "The refused rows as a DataFrame, with the reason of each"
         import pandas
         return pandas.DataFrame(self.refused, columns=["file", "line", "reason", "row"])
 
     def write(self, path: str | Path, overwrite: bool = False) -> Path:
         "Write the converted rows as JSON lines"
-        write_rows(self.rows if not self.path else (r for _, r in read_rows(self.path)), path, overwrite)
+        write_rows(self.every(), path, overwrite)
         return Path(path)
+
+    def every(self) -> Iterator[dict]:
+        "The converted rows, from memory or from the file"
+        yield from (row for _, row in read_rows(self.path)) if self.path else self.rows
 
     def refuse(self, where: Any, number: int, row: Any, why: RefusedRowError) -> None:
         "Count a refused row, and keep it with its reason"
@@ -191,17 +187,7 @@ class Conversion:
         kept = None if isinstance(row, SampleError) else row
         self.refused.append(dict(file=where.file, line=where.line or number + 1, reason=str(why), row=kept))
 
-    def table(self, most: int = 20) -> Table:
-        "Counts: rows in, converted, refused by reason, changed by what"
-        rows = [
-            ("rows", self.kept + len(self.refused)), ("converted", self.kept),
-            ("refused", len(self.refused)),
-        ]
-        for name, counts in (("refused", self.reasons), ("note", Counter(self.notes))):
-            rows += [(f"  {name}: {k}", n) for k, n in counts.most_common(most)]
-            if rest := counts.most_common()[most:]:
-                rows.append((f"  {name}: {len(rest)} others", sum(n for _, n in rest)))
-        return Table(["what", "rows"], rows, title=f"Converted from {self.format}", width=120)
+    def table(self, most: int = 20) -> Table: return conversion_table(self, most)
 
     def __str__(self) -> str: return str(self.table())
 
@@ -209,40 +195,26 @@ class Conversion:
 
     def _repr_html_(self) -> str: return self.table()._repr_html_()
 
-# %% ../../nbs/data/19_convert.ipynb #convert
-def convert(
-    source: Any,  # a DataFrame, an Arrow table, a list of dicts, a file of `READABLE` or a folder of them
-    format: str | None = None,  # a key of `FORMATS`; guessed from the rows by default
-    to: str | Path | None = None,  # write the rows to this file of JSON lines; none is left if no row is kept
-    seed: int = 0,  # for the ids of calls
-    overwrite: bool = False,
-    version: str | int | None = None,  # of the tokenizer, such as v3 or v13
-) -> Conversion:
-    "Every row converted, or refused with its reason; `UnknownFormatError` if no row is of a known one."
-    if hasattr(source, "__next__"): source = list(source)  # it is read twice
-    if (
-        to is not None
-        and isinstance(source, str | Path)
-        and Path(source).is_dir()
-        and Path(source).resolve() in Path(to).resolve().parents
-    ):
-        raise ValueError(
-            f"{to} stands in {source}, and would be read as data the next time: choose a place outside"
-        )
-    if to is not None and Path(to).exists() and not overwrite:
+# %% ../../nbs/data/19_convert.ipynb #conversion-table
+def conversion_table(done: Conversion, most: int) -> Table:
+    "The counts of a conversion, at most `most` reasons and notes."
+    refused = len(done.refused)
+    rows = [("rows", done.kept + refused), ("converted", done.kept), ("refused", refused)]
+    for name, counts in (("refused", done.reasons), ("note", Counter(done.notes))):
+        rows += [(f"  {name}: {what}", n) for what, n in counts.most_common(most)]
+        rest = counts.most_common()[most:]
+        if rest: rows.append((f"  {name}: {len(rest)} others", sum(n for _, n in rest)))
+    return Table(["what", "rows"], rows, title=f"Converted from {done.format}", width=120)
+
+# %% ../../nbs/data/19_convert.ipynb #check-target
+def check_target(source: Any, to: Path, overwrite: bool) -> None:
+    "`ValueError` for a file among the data that it is made of, `FileExistsError` for one that is there."
+    is_folder = isinstance(source, str | Path) and Path(source).is_dir()
+    if is_folder and Path(source).resolve() in to.resolve().parents:
+        problem = f"{to} stands in {source}, and would be read as data the next time"
+        raise ValueError(f"{problem}: choose a place outside")
+    if to.exists() and not overwrite:
         raise FileExistsError(f"{to} is there already: choose another name, or overwrite=True")
-    if format is None: format = guess_format(source).name
-    if format not in FORMATS:
-        raise ValueError(f"there is no format {format!r}: one of {', '.join(READ_FORMATS)}")
-    out, notes, stream = Conversion(format, [], [], {}), Counter(), read_rows(source)
-    rows = kept_rows(stream, out, notes, seed, None if version is None else int(str(version).lstrip("v")))
-    if to is None: out.rows = list(rows)
-    elif (first := next(rows, None)) is not None:
-        write_rows(chain([first], rows), to, overwrite)
-        out.path = Path(to)
-    else: Path(to).unlink(missing_ok=True)  # of a conversion before this one
-    out.notes = dict((notes + stream.notes).most_common())
-    return out
 
 # %% ../../nbs/data/19_convert.ipynb #kept-rows
 def kept_rows(
@@ -261,15 +233,38 @@ def kept_rows(
             out.kept += 1
             yield found
 
+# %% ../../nbs/data/19_convert.ipynb #convert
+def convert(
+    source: Any,  # a DataFrame, an Arrow table, a list of dicts, a file of `READABLE` or a folder of them
+    format: str | None = None,  # a key of `FORMATS`; guessed from the rows by default
+    to: str | Path | None = None,  # write the rows to this file of JSON lines; none is left if no row is kept
+    seed: int = 0,  # for the ids of calls
+    overwrite: bool = False,
+    version: str | int | None = None,  # of the tokenizer, such as v3 or v13
+) -> Conversion:
+    "Every row converted, or refused with its reason; `UnknownFormatError` if no row is of a known one."
+    if hasattr(source, "__next__"): source = list(source)  # it is read twice
+    if to is not None: check_target(source, Path(to), overwrite)
+    if format is None: format = guess_format(source).name
+    if format not in FORMATS:
+        raise ValueError(f"there is no format {format!r}: one of {', '.join(READ_FORMATS)}")
+    out, notes, stream = Conversion(format, [], [], {}), Counter(), read_rows(source)
+    rows = kept_rows(stream, out, notes, seed, None if version is None else int(str(version).lstrip("v")))
+    if to is None: out.rows = list(rows)
+    elif (first := next(rows, None)) is not None:
+        write_rows(chain([first], rows), to, overwrite)
+        out.path = Path(to)
+    else: Path(to).unlink(missing_ok=True)  # of a conversion before this one
+    out.notes = dict((notes + stream.notes).most_common())
+    return out
+
 # %% ../../nbs/data/19_convert.ipynb #beside
 def refused_file(to: str | Path) -> Path:
     "Where the rows that are refused on the way to `to` go; `FileExistsError` if another file stands there."
     path = Path(f"{to}.refused")
-    if path.exists() and not _is_ours(path):
-        raise FileExistsError(
-            f"{path} is there and holds no refused rows: move it, or choose another name for the rows"
-        )
-    return path
+    if not path.exists() or _is_ours(path): return path
+    way_out = "move it, or choose another name for the rows"
+    raise FileExistsError(f"{path} is there and holds no refused rows: {way_out}")
 
 
 def _is_ours(path: Path) -> bool:
@@ -289,7 +284,7 @@ def write_refused(done: Conversion, to: str | Path) -> Path | None:
 # %% ../../nbs/data/19_convert.ipynb #reformat
 def finetune_reformat(row: dict, kind: str, new_id: Callable[[], str]) -> dict | None:
     "The row as mistral-finetune's script for `ultrachat` or `glaive` writes it; None where that skips it."
-    try: return (_reformat_glaive(row, new_id) if kind == "glaive" else _reformat_chat(row))
+    try: return _reformat_glaive(row, new_id) if kind == "glaive" else _reformat_chat(row)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError): return None
 
 
@@ -302,18 +297,16 @@ def _reformat_chat(row: dict) -> dict | None:
     if not keep: return None
     return {**{k: v for k, v in row.items() if k != "functions"}, "messages": messages[:keep], **tools}
 
-# %% ../../nbs/data/19_convert.ipynb #reformat-calls
+
 def _reformat_calls(text: str) -> list[dict]:
     try: value = json.loads(text.replace("'", ""))
     except json.JSONDecodeError:
         value = ast.literal_eval(text)
         value["arguments"] = json.loads(value["arguments"])
-    return [
-        {"name": c["name"], "arguments": str(c.get("arguments", ""))}
-        for c in (value if isinstance(value, list) else [value])
-    ]
+    every = value if isinstance(value, list) else [value]
+    return [{"name": call["name"], "arguments": str(call.get("arguments", ""))} for call in every]
 
-# %% ../../nbs/data/19_convert.ipynb #reformat-tool
+
 def _reformat_tool(f: dict) -> dict:
     func = {"name": f["name"], "description": f["description"], "parameters": f["parameters"] or {}}
     return {"type": "function", "function": func}
@@ -333,6 +326,6 @@ def _reformat_glaive(row: dict, new_id: Callable[[], str]) -> dict | None:
             made = [{"id": new_id(), "type": "function", "function": c} for c in calls]
             out.append({"role": "assistant", "tool_calls": made})
         elif who == "function-response":
-            call, = out[-1]["tool_calls"]
+            (call,) = out[-1]["tool_calls"]
             out.append({"role": "tool", "content": value, "tool_call_id": call["id"]})
     return {"messages": out, **({"tools": tools} if tools else {})}

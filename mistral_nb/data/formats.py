@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHAT_KEYS', 'TOOL_KEYS', 'QUESTION_KEYS', 'ANSWER_KEYS', 'CONTEXT_KEYS', 'ASKED_KEYS', 'TEXT_KEYS', 'ID_KEYS',
-           'FORMATS', 'READ_FORMATS', 'first_message', 'system_text', 'from_chat', 'from_glaive', 'is_text_cell',
-           'has_pair', 'question_text', 'answer_options', 'from_pairs', 'is_marked', 'from_markup', 'from_text',
-           'is_preference', 'is_one_message', 'refuse_preference', 'refuse_message', 'refuse_gap', 'Format',
-           'named_columns', 'FormatGuess', 'UnknownFormatError', 'guess_format']
+           'FORMATS', 'READ_FORMATS', 'first_message', 'system_text', 'from_chat', 'is_call_message', 'from_glaive',
+           'is_text_cell', 'has_pair', 'question_text', 'answer_options', 'from_pairs', 'pair_answer', 'is_marked',
+           'from_markup', 'from_text', 'is_preference', 'is_one_message', 'refuse_preference', 'refuse_message',
+           'refuse_gap', 'Format', 'named_columns', 'FormatGuess', 'UnknownFormatError', 'guess_format']
 
 # %% ../../nbs/data/18_formats.ipynb #imports
 import json
@@ -18,14 +18,13 @@ from itertools import islice
 from typing import Any, Callable
 
 from ..core.display import one_line
+from .content import UsedKeys, message_text
 from .markup import chat_markup, read_chat, strip_markup
-from .content import UsedKeys
-from .messages import DraftChat, MessageReader, ROLE_NAMES, UnreadableCallError
-from .content import message_text
+from .messages import ROLE_NAMES, DraftChat, MessageReader, UnreadableCallError
 from .messages import find_messages, normalize_message
-from .tools import is_json, normalize_tools, parse_json_text
 from .rows import RefusedRowError, read_rows
 from .schema import SampleError
+from .tools import is_json, normalize_tools, parse_json_text
 
 # %% ../../nbs/data/18_formats.ipynb #chats
 CHAT_KEYS = ("messages", "interactions", "conversations", "conversation", "chat", "dialogue", "dialog")
@@ -42,7 +41,7 @@ def first_message(row: dict) -> dict | None:
         if isinstance(found[0], dict): return found[0]
     return None
 
-# %% ../../nbs/data/18_formats.ipynb #system-text
+
 def system_text(row: UsedKeys, notes: list[str]) -> list[dict]:
     "The system prompt of a row that has it apart from its messages."
     said = row.first("system_prompt", "system")
@@ -66,23 +65,24 @@ def from_chat(row: UsedKeys, how: MessageReader) -> DraftChat:
             if "call" in e.what and draft.messages: raise UnreadableCallError(draft, e) from None
             raise
         if found is None: continue
-        is_call = isinstance(m, dict) and any(
-            isinstance(m.get(k), str) and ROLE_NAMES.get(m[k].lower().replace("-", "_")) == "call"
-            for k in ("role", "from")
-        )
-        if is_call and open_calls:
-            open_calls["tool_calls"] += found["tool_calls"]  # calls that were made at once, a message each
+        is_call = is_call_message(m)
+        if is_call and open_calls: open_calls["tool_calls"] += found["tool_calls"]  # made at once
         else: draft.messages.append(found)
         open_calls = (open_calls or found) if is_call else None
     return draft
 
+
+def is_call_message(message: Any) -> bool:
+    "Whether a message is a call, by the name of its speaker."
+    if not isinstance(message, dict): return False
+    speakers = [message.get(key) for key in ("role", "from")]
+    names = [speaker.lower().replace("-", "_") for speaker in speakers if isinstance(speaker, str)]
+    return any(ROLE_NAMES.get(name) == "call" for name in names)
+
 # %% ../../nbs/data/18_formats.ipynb #glaive
 def from_glaive(row: UsedKeys, how: MessageReader) -> DraftChat:
     "Glaive function calling: functions as JSON texts parted by blank lines; calls in almost JSON."
-    talk = row.get("conversations")
-    heard = [
-        m for m in talk if not (isinstance(m, dict) and m.get("from") == "system" and m.get("value") == "")
-    ]
+    heard = [m for m in row.get("conversations") if not _is_empty_system(m)]
     known = [m for m in heard if not _is_other(m)]
     text = row.get("function_description")
     notes = ["other speakers left out"] if len(known) < len(heard) else []
@@ -98,14 +98,16 @@ def from_glaive(row: UsedKeys, how: MessageReader) -> DraftChat:
     if unreadable: raise unreadable
     return draft
 
-# %% ../../nbs/data/18_formats.ipynb #is-other
+
 def _is_other(m: Any) -> bool:
     "Whether a speaker is none of Glaive's"
-    known = (
-        "system", "human", "gpt", "function-call", "function_call", "tool_call", "function-response",
-        "function_response", "tool_response",
-    )
+    known = "system human gpt function-call function_call tool_call".split()
+    known += "function-response function_response tool_response".split()
     return isinstance(m, dict) and "from" in m and m["from"] not in known
+
+
+def _is_empty_system(m: Any) -> bool:
+    return isinstance(m, dict) and m.get("from") == "system" and m.get("value") == ""
 
 # %% ../../nbs/data/18_formats.ipynb #pairs
 QUESTION_KEYS = (
@@ -130,33 +132,28 @@ def has_pair(row: dict) -> bool:
 
 def question_text(row: UsedKeys, notes: list[str]) -> str:
     "All parts of a question, one below the other."
-    question = next(
-        (k for k in ASKED_KEYS if row.thing.get(k) is not None and is_text_cell(row.thing[k])), None
-    )
-    parts = {
-        k: row.get(k) for k in QUESTION_KEYS if k in row.thing and (k not in ASKED_KEYS or k == question)
-    }
+    asked = [k for k in ASKED_KEYS if row.thing.get(k) is not None and is_text_cell(row.thing[k])]
+    wanted = [k for k in QUESTION_KEYS if k in row.thing and (k not in ASKED_KEYS or k in asked[:1])]
+    parts = {key: row.get(key) for key in wanted}
     notes += [f"a number in {k} written as text" for k, v in parts.items() if isinstance(v, int | float)]
-    texts = [message_text(v, k) for k, v in parts.items()]
-    return "\n\n".join([t for t in texts if t.strip()] + answer_options(row, notes))
+    texts = [message_text(value, key) for key, value in parts.items()]
+    return "\n\n".join([text for text in texts if text.strip()] + answer_options(row, notes))
 
-# %% ../../nbs/data/18_formats.ipynb #answer-options
+
 def answer_options(row: UsedKeys, notes: list[str]) -> list[str]:
     "The options of a multiple choice, a line each; none if they are no texts."
     found = row.thing.get("options") or row.thing.get("choices")
     try:
-        found = (
-            parse_json_text(found, "the options") if isinstance(found, str) and found[:1] in "[{" else found
-        )
+        if isinstance(found, str) and found[:1] in "[{": found = parse_json_text(found, "the options")
     except RefusedRowError: return []
-    if isinstance(found, list): found = {_letter(i): v for i, v in enumerate(found)}
-    if not isinstance(found, dict) or not found or not all(isinstance(v, str) for v in found.values()):
-        return []
+    if isinstance(found, list): found = {_letter(i): option for i, option in enumerate(found)}
+    if not isinstance(found, dict) or not found: return []
+    if not all(isinstance(option, str) for option in found.values()): return []
     row.first("options", "choices")
     notes.append("options written below the question")
-    return ["\n".join(f"{k}. {v}" for k, v in found.items())]
+    return ["\n".join(f"{letter}. {option}" for letter, option in found.items())]
 
-# %% ../../nbs/data/18_formats.ipynb #letter
+
 def _letter(i: int) -> str: return "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[i] if i < 26 else str(i + 1)
 
 # %% ../../nbs/data/18_formats.ipynb #from-pairs
@@ -166,22 +163,29 @@ def from_pairs(row: UsedKeys, how: MessageReader) -> DraftChat:
     past = parse_json_text(row.get("history"), "the history") or []
     if not isinstance(past, list) or not all(isinstance(p, list) and len(p) == 2 for p in past):
         raise RefusedRowError("the history is not a list of pairs")
-    answer = row.first(*ANSWER_KEYS)
-    options = row.thing.get("options") or row.thing.get("choices")
-    if type(answer) is int and isinstance(options, list) and 0 <= answer < len(options):
-        notes.append("the number of an option, counted from 0, written as its letter")
-        answer = _letter(answer)
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
-        notes.append("a number as answer written as text")
+    answer = pair_answer(row, notes)
     turns = [(message_text(q), message_text(a)) for q, a in past]
     turns.append((question_text(row, notes), message_text(answer, "the answer")))
     if not turns[-1][0].strip(): raise RefusedRowError("the question is empty")
     if not turns[-1][1].strip(): raise RefusedRowError("the answer is empty")
-    chat = [
-        m for q, a in turns for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})
-    ]
-    chat[-1] = normalize_message({"role": "assistant", "content": chat[-1]["content"]}, how, [], notes)
-    return DraftChat([*system_text(row, notes), *chat], normalize_tools(row.first(*TOOL_KEYS), notes), notes)
+    chat = []
+    for question, said in turns:
+        chat += [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
+    chat[-1] = normalize_message(chat[-1], how, [], notes)
+    messages = [*system_text(row, notes), *chat]
+    return DraftChat(messages, normalize_tools(row.first(*TOOL_KEYS), notes), notes)
+
+
+def pair_answer(row: UsedKeys, notes: list[str]) -> Any:
+    "The answer of a pair; the number of an option is its letter."
+    answer = row.first(*ANSWER_KEYS)
+    options = row.thing.get("options") or row.thing.get("choices")
+    if type(answer) is int and isinstance(options, list) and 0 <= answer < len(options):
+        notes.append("the number of an option, counted from 0, written as its letter")
+        return _letter(answer)
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        notes.append("a number as answer written as text")
+    return answer
 
 # %% ../../nbs/data/18_formats.ipynb #markup
 TEXT_KEYS = ("text", "content", "document", "body", "article", "page_content", "markdown", "code", "abstract")
@@ -193,35 +197,25 @@ def is_marked(row: dict) -> bool:
     text = next((row[k] for k in TEXT_KEYS if row.get(k) is not None), None)
     return isinstance(text, str) and ("[INST]" in text and "[/INST]" in text or chat_markup(text) is not None)
 
-# %% ../../nbs/data/18_formats.ipynb #from-markup
+
 def from_markup(row: UsedKeys, how: MessageReader) -> DraftChat:
     "A text that is a chat in a markup: Mistral's `[INST]`, ChatML, and those of other models."
     text = row.first(*TEXT_KEYS)
     markup = chat_markup(text)
     if markup is None: return DraftChat(_inst_turns(text))
     notes = [f"read from {markup.name} markup"]
-    said = [
-        normalize_message({"role": role, "content": content}, how, [], notes)
-        for role, content in read_chat(text, markup)
-    ]
-    return DraftChat(said, [], notes)
+    said = [{"role": role, "content": content} for role, content in read_chat(text, markup)]
+    return DraftChat([normalize_message(m, how, [], notes) for m in said], [], notes)
 
-# %% ../../nbs/data/18_formats.ipynb #inst-turns
+
 def _inst_turns(text: str) -> list[dict]:
     "The messages of a text in Mistral's markup, also with `<<SYS>>`"
     before, *turns = text.split("[INST]")
-    if rest := strip_markup(before):
-        raise RefusedRowError(
-            "the text has Mistral's markup that cannot be read", f"{one_line(rest, 40)!r} before [INST]"
-        )
-    out: list[dict] = []
+    problem, out = "the text has Mistral's markup that cannot be read", []
+    if rest := strip_markup(before): raise RefusedRowError(problem, f"{one_line(rest, 40)!r} before [INST]")
     for turn in turns:
         question, *answers = turn.split("[/INST]")
-        if len(answers) != 1:
-            raise RefusedRowError(
-                "the text has Mistral's markup that cannot be read",
-                f"{len(answers)} times [/INST] behind [INST]",
-            )
+        if len(answers) != 1: raise RefusedRowError(problem, f"{len(answers)} times [/INST] behind [INST]")
         question, answer = question.strip(), strip_markup(answers[0])
         if not out and (system := _SYS.match(question)):
             out.append({"role": "system", "content": system[1].strip()})
@@ -235,11 +229,11 @@ def from_text(row: UsedKeys, how: MessageReader) -> str:
     body = row.first(*TEXT_KEYS)
     if not isinstance(body, str) or not body.strip(): raise RefusedRowError("the text is empty")
     if markup := chat_markup(body):
-        raise RefusedRowError(
-            f"the text is a chat in {markup.name} markup", "convert such rows with format='markup'"
-        )
+        way_out = "convert such rows with format='markup'"
+        raise RefusedRowError(f"the text is a chat in {markup.name} markup", way_out)
     title = row.thing.get("title")
-    return f"{row.get('title').strip()}\n\n{body}" if isinstance(title, str) and title.strip() else body
+    if not isinstance(title, str) or not title.strip(): return body
+    return f"{row.get('title').strip()}\n\n{body}"
 
 # %% ../../nbs/data/18_formats.ipynb #preference
 _WORSE = re.compile(
@@ -257,18 +251,13 @@ def is_preference(row: dict) -> bool:
     "Whether a row compares answers: a chosen and a rejected one, two that were judged, or a list of answers."
     keys = [k.lower() for k, v in row.items() if isinstance(v, str | list | dict)]
     if "chosen" in keys or any(map(_WORSE.search, keys)): return True
-    several = [found[1] for k in keys if (found := _ONE_OF_TWO.fullmatch(k))]
-    judged = not _JUDGED.isdisjoint(k.lower() for k in row if isinstance(k, str))
-    if len(several) >= 2 and (judged or not any(k in keys for k in ANSWER_KEYS)) or several and judged:
-        return True
+    several = sum(_ONE_OF_TWO.fullmatch(key) is not None for key in keys)
+    judged = not _JUDGED.isdisjoint(key.lower() for key in row if isinstance(key, str))
+    if several and judged: return True
+    if several >= 2 and not any(key in keys for key in ANSWER_KEYS): return True
     if isinstance(row.get("generations"), list) and len(row["generations"]) > 1: return True
-    answers = row.get("output")
-    return (
-        "instruction" in row
-        and isinstance(answers, list)
-        and len(answers) > 1
-        and all(isinstance(a, str) for a in answers)
-    )
+    answers = row.get("output") if "instruction" in row else None
+    return isinstance(answers, list) and len(answers) > 1 and all(isinstance(a, str) for a in answers)
 
 # %% ../../nbs/data/18_formats.ipynb #is-one-message
 ID_KEYS = (
@@ -287,10 +276,8 @@ def is_one_message(row: dict) -> bool:
 
 def refuse_preference(row: UsedKeys, how: MessageReader) -> DraftChat:
     "Rows that compare answers are refused."
-    raise RefusedRowError(
-        "the row is a preference pair: a better and a worse answer are compared, "
-        "and one of them alone is not what it says"
-    )
+    why = "a better and a worse answer are compared, and one of them alone is not what it says"
+    raise RefusedRowError(f"the row is a preference pair: {why}")
 
 
 def refuse_message(row: UsedKeys, how: MessageReader) -> DraftChat:
@@ -299,12 +286,11 @@ def refuse_message(row: UsedKeys, how: MessageReader) -> DraftChat:
     by = f"join them by {' or '.join(ids)}" if ids else "they have no id by which they could be joined"
     raise RefusedRowError(f"the row is one message of a conversation: {by}, into one row with all messages")
 
-# %% ../../nbs/data/18_formats.ipynb #refuse-gap
+
 def refuse_gap(row: UsedKeys, how: MessageReader) -> DraftChat:
     "Rows for filling a gap are refused."
-    raise RefusedRowError(
-        "the row is a text with a gap (prefix, middle, suffix): there is no training for those"
-    )
+    what = "the row is a text with a gap (prefix, middle, suffix)"
+    raise RefusedRowError(f"{what}: there is no training for those")
 
 # %% ../../nbs/data/18_formats.ipynb #table
 @dataclass(frozen=True)
@@ -313,7 +299,7 @@ class Format:
     name: str
     looks: str  # what a row of it looks like
     fits: Callable[[dict], bool]
-    read: Callable[[UsedKeys, MessageReader], "DraftChat | str"]
+    read: Callable[[UsedKeys, MessageReader], DraftChat | str]
     columns: tuple[str, ...]  # for saying which is nearest
 
 
@@ -344,57 +330,47 @@ def _has_gap(row: dict) -> bool:
     return all(isinstance(row.get(k), str) for k in ("prefix", "suffix", "middle"))
 
 # %% ../../nbs/data/18_formats.ipynb #formats
-FORMATS = {
-    f.name: f
-    for f in (
-        Format(
-            "preference", "a chosen and a rejected answer", is_preference, refuse_preference,
-            ("prompt", "chosen", "rejected"),
-        ),
-        Format("fim", "prefix, suffix, middle", _has_gap, refuse_gap, ("prefix", "suffix", "middle")),
-        Format(
-            "glaive", "function_description, and conversations of from/value", _is_glaive, from_glaive,
-            ("function_description", "conversations"),
-        ),
-        Format(
-            "ultrachat", "prompt, prompt_id, and messages of role/content", _is_ultrachat, from_chat,
-            ("prompt", "prompt_id", "messages"),
-        ),
-        Format(
-            "openai", "messages of role/content, also with tools or functions", _is_openai, from_chat,
-            ("messages", "interactions", "tools", "functions"),
-        ),
-        Format(
-            "sharegpt", "conversations of from/value", _starts_with("from"), from_chat,
-            ("conversations", "conversation", "system", "tools"),
-        ),
-        Format(
-            "interactions", "interactions of is_user/text", _starts_with("is_user"), from_chat,
-            ("interactions",),
-        ),
-        Format(
-            "message", "one message: role and text", is_one_message, refuse_message,
-            ("role", "text", "parent_id", "conversation_id"),
-        ),
-        Format(
-            "alpaca", "instruction, output, and perhaps input, system, history", _is_alpaca, from_pairs,
-            ("instruction", "input", "output", "history", "text"),
-        ),
-        Format(
-            "markup", "a text with [INST] and [/INST], or in another model's markup", is_marked,
-            from_markup, ("text",),
-        ),
-        Format(
-            "pairs",
-            f"a question ({', '.join(QUESTION_KEYS[2:])}) and an answer ({', '.join(ANSWER_KEYS)})",
-            has_pair, from_pairs, (*QUESTION_KEYS, *ANSWER_KEYS),
-        ),
-        Format("text", "plain text under one of " + ", ".join(TEXT_KEYS), _is_text, from_text, TEXT_KEYS),
-    )
-}
-
-# %% ../../nbs/data/18_formats.ipynb #read-formats
-READ_FORMATS = tuple(n for n, f in FORMATS.items() if not f.read.__name__.startswith("refuse"))
+_PAIRS = f"a question ({', '.join(QUESTION_KEYS[2:])}) and an answer ({', '.join(ANSWER_KEYS)})"
+_FORMATS = (  # name, what a row looks like, test, reader, columns
+    (
+        "preference", "a chosen and a rejected answer", is_preference, refuse_preference,
+        "prompt chosen rejected",
+    ),
+    ("fim", "prefix, suffix, middle", _has_gap, refuse_gap, "prefix suffix middle"),
+    (
+        "glaive", "function_description, and conversations of from/value", _is_glaive, from_glaive,
+        "function_description conversations",
+    ),
+    (
+        "ultrachat", "prompt, prompt_id, and messages of role/content", _is_ultrachat, from_chat,
+        "prompt prompt_id messages",
+    ),
+    (
+        "openai", "messages of role/content, also with tools or functions", _is_openai, from_chat,
+        "messages interactions tools functions",
+    ),
+    (
+        "sharegpt", "conversations of from/value", _starts_with("from"), from_chat,
+        "conversations conversation system tools",
+    ),
+    ("interactions", "interactions of is_user/text", _starts_with("is_user"), from_chat, "interactions"),
+    (
+        "message", "one message: role and text", is_one_message, refuse_message,
+        "role text parent_id conversation_id",
+    ),
+    (
+        "alpaca", "instruction, output, and perhaps input, system, history", _is_alpaca, from_pairs,
+        "instruction input output history text",
+    ),
+    (
+        "markup", "a text with [INST] and [/INST], or in another model's markup", is_marked, from_markup,
+        "text",
+    ),
+    ("pairs", _PAIRS, has_pair, from_pairs, " ".join((*QUESTION_KEYS, *ANSWER_KEYS))),
+    ("text", f"plain text under one of {', '.join(TEXT_KEYS)}", _is_text, from_text, " ".join(TEXT_KEYS)),
+)
+FORMATS = {name: Format(name, *rest, tuple(columns.split())) for name, *rest, columns in _FORMATS}
+READ_FORMATS = tuple(name for name, f in FORMATS.items() if not f.read.__name__.startswith("refuse"))
 
 # %% ../../nbs/data/18_formats.ipynb #named
 def named_columns(row: dict) -> tuple[dict, dict[str, str]]:
@@ -416,20 +392,7 @@ class FormatGuess:
 class UnknownFormatError(ValueError):
     "Rows of no format that is known; shows them, and the nearest formats."
 
-# %% ../../nbs/data/18_formats.ipynb #guess-format
-def guess_format(source: Any, among: int = 200) -> FormatGuess:
-    "The format of the first rows of a DataFrame, file or list; `UnknownFormatError` if none of `FORMATS` fits."
-    stream = read_rows(source)
-    every = list(islice(stream, among))
-    rows = [r for _, r in every if isinstance(r, dict)]
-    named = [named_columns(r)[0] for r in rows]
-    share = {f.name: sum(f.fits(r) for r in named) for f in FORMATS.values()}
-    best = next((n for n in share if share[n] > len(rows) / 2), max(share, key=share.get))
-    if not rows or not share[best]: raise UnknownFormatError(_unknown(rows, every))
-    note = next((f"; {n}" for n in stream.notes if "one document" in n), "")
-    return FormatGuess(best, f"{share[best]} of the first {len(rows)} rows have {FORMATS[best].looks}{note}")
 
-# %% ../../nbs/data/18_formats.ipynb #unknown
 def _unknown(rows: list[dict], every: list[tuple[Any, Any]]) -> str:
     "What is said of rows that no format fits"
     bad = next((str(r) for _, r in every if isinstance(r, SampleError)), None)
@@ -439,17 +402,22 @@ def _unknown(rows: list[dict], every: list[tuple[Any, Any]]) -> str:
         return f"the rows are no objects: the first is {one_line(repr(every[0][1]), 60)}"
     columns = list(dict.fromkeys(k for r in rows for k in r))
     shown = "\n".join(f"  {one_line(json.dumps(r, ensure_ascii=False, default=str), 160)}" for r in rows[:3])
-    near = {
-        n: len({m for c in columns for m in get_close_matches(c.lower(), FORMATS[n].columns, 1, 0.75)})
-        for n in READ_FORMATS
-    }
-    nearest = sorted((n for n in near if near[n]), key=lambda n: -near[n] / len(FORMATS[n].columns))
-    hints = "\n".join(f"  {n}: {FORMATS[n].looks}" for n in nearest[:3] or READ_FORMATS)
+    hints = "\n".join(f"  {name}: {FORMATS[name].looks}" for name in _nearest(columns) or READ_FORMATS)
     also = f"\nbesides, rows that cannot be read: {bad}" if bad else ""
     what = f"the columns {', '.join(columns)} are of no format that is known; the first rows are\n{shown}"
     return f"{what}\nnearest are\n{hints}\n{_advice(rows, columns)}{also}"
 
-# %% ../../nbs/data/18_formats.ipynb #advice
+
+def _nearest(columns: list[str]) -> list[str]:
+    "Up to three formats whose columns have similar names"
+    share = {}
+    for name in READ_FORMATS:
+        known = FORMATS[name].columns
+        near = {match for c in columns for match in get_close_matches(c.lower(), known, 1, 0.75)}
+        if near: share[name] = len(near) / len(known)
+    return sorted(share, key=lambda name: -share[name])[:3]
+
+
 def _advice(rows: list[dict], columns: list[str]) -> str:
     "What to do with columns of unknown names"
     if any(c.endswith(("?", ".", "!")) or c.count(" ") > 2 for c in columns):
@@ -457,3 +425,16 @@ def _advice(rows: list[dict], columns: list[str]) -> str:
     texts = [c for c in columns if any(isinstance(r.get(c), str) for r in rows)]
     if len(texts) < 2: return "rename the columns, or give format="
     return f"rename two columns to question and answer ({texts[0]} and {texts[1]}?), or give format="
+
+# %% ../../nbs/data/18_formats.ipynb #guess-format
+def guess_format(source: Any, among: int = 200) -> FormatGuess:
+    "The format of the first rows of a DataFrame, file or list; `UnknownFormatError` if none fits."
+    stream = read_rows(source)
+    every = list(islice(stream, among))
+    rows = [r for _, r in every if isinstance(r, dict)]
+    named = [named_columns(r)[0] for r in rows]
+    share = {f.name: sum(f.fits(r) for r in named) for f in FORMATS.values()}
+    best = next((n for n in share if share[n] > len(rows) / 2), max(share, key=share.get))
+    if not rows or not share[best]: raise UnknownFormatError(_unknown(rows, every))
+    note = next((f"; {n}" for n in stream.notes if "one document" in n), "")
+    return FormatGuess(best, f"{share[best]} of the first {len(rows)} rows have {FORMATS[best].looks}{note}")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TYPE_NAMES', 'allow_null', 'clean_schema', 'parse_json_text', 'normalize_tools', 'normalize_arguments', 'is_json',
-           'normalize_call', 'normalize_calls']
+           'normalize_call', 'normalize_calls', 'is_null']
 
 # %% ../../nbs/data/16_tools.ipynb #imports
 import json
@@ -15,6 +15,23 @@ from ..core.display import one_line
 from .content import CallIds, UsedKeys
 from .lenient import duplicate_key_notes, parse_lenient
 from .rows import RefusedRowError
+
+# %% ../../nbs/data/16_tools.ipynb #type-name
+TYPE_NAMES = dict(
+    dict="object", str="string", text="string", int="integer", float="number", double="number",
+    bool="boolean", list="array", tuple="array", set="array", none="null", any=None,
+    **{name: name for name in ("object", "string", "integer", "number", "boolean", "array", "null")},
+)
+
+
+def _type_name(value: Any, notes: list[str]) -> Any:
+    "JSON's name of a type of Python, Java or a prompt; None for one that says nothing; others as they are"
+    if isinstance(value, list): return [_type_name(v, notes) for v in value]
+    if not isinstance(value, str): return value
+    name = re.sub(r"\[.*\]|, *optional$|<.*>", "", value.strip().lower())
+    if name not in TYPE_NAMES or TYPE_NAMES[name] == value: return value
+    notes.append(f"the type {one_line(value, 30)} of a tool's schema written as {TYPE_NAMES[name] or 'any'}")
+    return TYPE_NAMES[name]
 
 # %% ../../nbs/data/16_tools.ipynb #nullable
 def allow_null(schema: Any) -> bool:
@@ -28,7 +45,7 @@ def allow_null(schema: Any) -> bool:
     others = [s for key in ("anyOf", "oneOf") for s in schema.get(key) or []]
     return any(map(allow_null, others))
 
-# %% ../../nbs/data/16_tools.ipynb #clean-schema
+
 def clean_schema(schema: Any, notes: list[str]) -> Any:
     "A JSON schema without the nulls that mean nothing, and with JSON's names of types."
     if isinstance(schema, list): return [clean_schema(s, notes) for s in schema]
@@ -49,22 +66,36 @@ def clean_schema(schema: Any, notes: list[str]) -> Any:
         else: out[key] = value
     return out
 
-# %% ../../nbs/data/16_tools.ipynb #type-name
-TYPE_NAMES = dict(
-    dict="object", str="string", text="string", int="integer", float="number", double="number",
-    bool="boolean", list="array", tuple="array", set="array", none="null", any=None,
-    **{t: t for t in ("object", "string", "integer", "number", "boolean", "array", "null")},
-)
+# %% ../../nbs/data/16_tools.ipynb #tool
+def _tool(tool: Any, notes: list[str]) -> dict:
+    if not isinstance(tool, dict): raise RefusedRowError("a tool is not an object", one_line(repr(tool), 40))
+    outer = UsedKeys(tool, "tool")
+    inner = outer.get("function") if isinstance(tool.get("function"), dict) else tool
+    func = UsedKeys(inner, "function")
+    if inner is not tool:
+        if outer.get("type") in (None, "function"): notes += outer.left()
+        else: raise RefusedRowError("a tool is not a function", one_line(repr(tool["type"]), 30))
+    elif tool.get("type") in (None, "function"): func.get("type")
+    if not isinstance(func.get("name"), str):
+        raise RefusedRowError("a tool has no name", one_line(repr(tool), 40))
+    parameters = parse_json_text(func.first("parameters", "input_schema"), "the parameters of a tool")
+    text = func.get("description")
+    notes += func.left()
+    schema = _parameters(parameters, notes)
+    function = {"name": inner["name"], "description": text or "", "parameters": schema}
+    return {"type": "function", "function": function}
 
 
-def _type_name(value: Any, notes: list[str]) -> Any:
-    "JSON's name of a type of Python, Java or a prompt; None for one that says nothing; others as they are"
-    if isinstance(value, list): return [_type_name(v, notes) for v in value]
-    if not isinstance(value, str): return value
-    name = re.sub(r"\[.*\]|, *optional$|<.*>", "", value.strip().lower())
-    if name not in TYPE_NAMES or TYPE_NAMES[name] == value: return value
-    notes.append(f"the type {one_line(value, 30)} of a tool's schema written as {TYPE_NAMES[name] or 'any'}")
-    return TYPE_NAMES[name]
+def _parameters(value: Any, notes: list[str]) -> dict:
+    "The schema of a function's arguments, also from a bare list of properties"
+    if not value: return {"type": "object", "properties": {}}
+    if not isinstance(value, dict):
+        raise RefusedRowError("the parameters of a tool are not an object", one_line(repr(value), 40))
+    is_schema = {"type", "properties", "$ref", "anyOf"} & value.keys()
+    if not is_schema and all(isinstance(v, dict) for v in value.values()):
+        notes.append("the parameters of a tool taken as its properties")
+        value = {"type": "object", "properties": value}
+    return clean_schema(value, notes)
 
 # %% ../../nbs/data/16_tools.ipynb #tools
 def parse_json_text(value: Any, what: str, notes: list[str] | None = None) -> Any:
@@ -85,40 +116,57 @@ def normalize_tools(value: Any, notes: list[str]) -> list[dict]:
         raise RefusedRowError("the tools are not a list", one_line(repr(value), 40))
     return [_tool(parse_json_text(tool, "a tool", notes), notes) for tool in every]
 
-# %% ../../nbs/data/16_tools.ipynb #tool
-def _tool(tool: Any, notes: list[str]) -> dict:
-    if not isinstance(tool, dict): raise RefusedRowError("a tool is not an object", one_line(repr(tool), 40))
-    outer = UsedKeys(tool, "tool")
-    inner = outer.get("function") if isinstance(tool.get("function"), dict) else tool
-    func = UsedKeys(inner, "function")
-    if inner is not tool:
-        if outer.get("type") in (None, "function"): notes += outer.left()
-        else: raise RefusedRowError("a tool is not a function", one_line(repr(tool["type"]), 30))
-    elif tool.get("type") in (None, "function"): func.get("type")
-    if not isinstance(func.get("name"), str):
-        raise RefusedRowError("a tool has no name", one_line(repr(tool), 40))
-    parameters = parse_json_text(func.first("parameters", "input_schema"), "the parameters of a tool")
-    text = func.get("description")
-    notes += func.left()
-    return {
-        "type": "function",
-        "function": {
-            "name": inner["name"], "description": text or "",
-            "parameters": _parameters(parameters, notes),
-        },
-    }
+# %% ../../nbs/data/16_tools.ipynb #branches
+def _branches(schemas: list, root: dict, deep: int = 8) -> list[dict]:
+    "Some schemas and all that they refer to, or are made of"
+    out = []
+    for schema in schemas:
+        if not isinstance(schema, dict) or not deep: continue
+        out.append(schema)
+        inner = []
+        for key in ("anyOf", "oneOf", "allOf"):
+            if isinstance(schema.get(key), list): inner += schema[key]
+        if isinstance(ref := schema.get("$ref"), str): inner.append(_referred(ref, root))
+        out += _branches(inner, root, deep - 1)
+    return out
 
-# %% ../../nbs/data/16_tools.ipynb #parameters
-def _parameters(value: Any, notes: list[str]) -> dict:
-    "The schema of a function's arguments, also from a bare list of properties"
-    if not value: return {"type": "object", "properties": {}}
-    if not isinstance(value, dict):
-        raise RefusedRowError("the parameters of a tool are not an object", one_line(repr(value), 40))
-    is_schema = {"type", "properties", "$ref", "anyOf"} & value.keys()
-    if not is_schema and all(isinstance(v, dict) for v in value.values()):
-        notes.append("the parameters of a tool taken as its properties")
-        value = {"type": "object", "properties": value}
-    return clean_schema(value, notes)
+
+def _referred(ref: str, root: dict) -> Any:
+    "What a reference within a schema means"
+    if not ref.startswith("#/"): return root
+    node: Any = root
+    for name in ref.removeprefix("#/").split("/"): node = node.get(name) if isinstance(node, dict) else None
+    return node
+
+# %% ../../nbs/data/16_tools.ipynb #asked-for
+def _known_of(key: str, schemas: list[dict]) -> list:
+    "What schemas say of a property"
+    found = []
+    for s in schemas:
+        named = s.get("properties") if isinstance(s.get("properties"), dict) else {}
+        by_pattern = s.get("patternProperties") if isinstance(s.get("patternProperties"), dict) else {}
+        if key in named: found.append(named[key])
+        found += [p for pattern, p in by_pattern.items() if re.search(pattern, key)]
+        if not found and isinstance(s.get("additionalProperties"), dict):
+            found.append(s["additionalProperties"])
+    return found
+
+
+def _asked_for(value: Any, schemas: list, root: dict, notes: list[str]) -> Any:
+    "Arguments without the nulls that no tool asked for"
+    every = _branches(schemas, root)
+    if isinstance(value, list):
+        items = [i for s in every for i in ([s.get("items")] + list(s.get("prefixItems") or []))]
+        return [_asked_for(v, items, root, notes) for v in value]
+    if not isinstance(value, dict): return value
+    required = {k for s in every if isinstance(s.get("required"), list) for k in s["required"]}
+    out = {}
+    for key, v in value.items():
+        known = _known_of(key, every)
+        if v is not None or key in required or any(map(allow_null, _branches(known, root))):
+            out[key] = _asked_for(v, known, root, notes)
+        else: notes.append(f"null {key} of a call's arguments left out")
+    return out
 
 # %% ../../nbs/data/16_tools.ipynb #calls
 def normalize_arguments(value: Any, schema: dict | None = None, notes: list[str] | None = None) -> str:
@@ -138,56 +186,7 @@ def normalize_arguments(value: Any, schema: dict | None = None, notes: list[str]
         raise RefusedRowError("the arguments of a call are not an object", one_line(repr(value), 40))
     return json.dumps(_asked_for(value, [schema or {}], schema or {}, notes), ensure_ascii=False)
 
-# %% ../../nbs/data/16_tools.ipynb #branches
-def _branches(schemas: list, root: dict, deep: int = 8) -> list[dict]:
-    "Some schemas and all that they refer to, or are made of"
-    out = []
-    for s in schemas:
-        if not isinstance(s, dict) or not deep: continue
-        out.append(s)
-        inner = [
-            t
-            for key in ("anyOf", "oneOf", "allOf")
-            for t in (s.get(key) if isinstance(s.get(key), list) else [])
-        ]
-        ref, node = s.get("$ref"), root
-        inside = isinstance(ref, str) and ref.startswith("#/")
-        for name in ref.removeprefix("#/").split("/") if inside else ():
-            node = node.get(name) if isinstance(node, dict) else None
-        out += _branches([*inner, *([node] if isinstance(ref, str) else [])], root, deep - 1)
-    return out
 
-# %% ../../nbs/data/16_tools.ipynb #known-of
-def _known_of(key: str, schemas: list[dict]) -> list:
-    "What schemas say of a property"
-    found = []
-    for s in schemas:
-        named = s.get("properties") if isinstance(s.get("properties"), dict) else {}
-        by_pattern = s.get("patternProperties") if isinstance(s.get("patternProperties"), dict) else {}
-        if key in named: found.append(named[key])
-        found += [p for pattern, p in by_pattern.items() if re.search(pattern, key)]
-        if not found and isinstance(s.get("additionalProperties"), dict):
-            found.append(s["additionalProperties"])
-    return found
-
-# %% ../../nbs/data/16_tools.ipynb #asked-for
-def _asked_for(value: Any, schemas: list, root: dict, notes: list[str]) -> Any:
-    "Arguments without the nulls that no tool asked for"
-    every = _branches(schemas, root)
-    if isinstance(value, list):
-        items = [i for s in every for i in ([s.get("items")] + list(s.get("prefixItems") or []))]
-        return [_asked_for(v, items, root, notes) for v in value]
-    if not isinstance(value, dict): return value
-    required = {k for s in every if isinstance(s.get("required"), list) for k in s["required"]}
-    out = {}
-    for key, v in value.items():
-        known = _known_of(key, every)
-        if v is not None or key in required or any(map(allow_null, _branches(known, root))):
-            out[key] = _asked_for(v, known, root, notes)
-        else: notes.append(f"null {key} of a call's arguments left out")
-    return out
-
-# %% ../../nbs/data/16_tools.ipynb #is-json
 def is_json(text: Any) -> bool:
     "Whether a text is a JSON object or list."
     try: return isinstance(json.loads(text), dict | list)
@@ -217,13 +216,15 @@ def normalize_call(value: Any, ids: CallIds, tools: list[dict] = (), notes: list
         "function": {"name": name, "arguments": arguments},
     }
 
-# %% ../../nbs/data/16_tools.ipynb #normalize-calls
+
 def normalize_calls(value: Any, ids: CallIds, tools: list[dict], notes: list[str]) -> list[dict]:
     "The calls of a message: a list, one call, or the JSON text of either; a call that is all null is none."
     value = parse_json_text(value, "a call", notes)
     every = [parse_json_text(c, "a call", notes) for c in (value if isinstance(value, list) else [value])]
-    return [
-        normalize_call(c, ids, tools, notes)
-        for c in every
-        if c is not None and not (isinstance(c, dict) and not any(v is not None for v in c.values()))
-    ]
+    said = [c for c in every if c is not None and not is_null(c)]
+    return [normalize_call(c, ids, tools, notes) for c in said]
+
+
+def is_null(call: Any) -> bool:
+    "Whether nothing in a call has a value, as in a column of a table."
+    return isinstance(call, dict) and all(value is None for value in call.values())
