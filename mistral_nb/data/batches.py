@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNITS_PER_POSITION', 'Mixer', 'mixed_window', 'rank_lines', 'check_ranks', 'mistral_order', 'mistral_mix',
-           'TrainBatches', 'data_fingerprint', 'go_on', 'train_batches', 'eval_batches', 'own_samples', 'batched']
+           'TrainBatches', 'data_fingerprint', 'resume_batches', 'train_batches', 'eval_batches', 'own_samples',
+           'batched']
 
 # %% ../../nbs/data/27_batches.ipynb #imports
 import zlib
@@ -182,9 +183,9 @@ class TrainBatches:
 
     def load_state(self, state: dict[str, Any]) -> None:
         "Go on from what `state` gave, on any rank; `DataError` if the data is another"
-        go_on(self, state)
+        resume_batches(self, state)
 
-# %% ../../nbs/data/27_batches.ipynb #go-on
+# %% ../../nbs/data/27_batches.ipynb #resume-batches
 def data_fingerprint(samples: TokenFile) -> int:
     "A number made of every length, and of the ids of up to 65,536 samples."
     n = len(samples.length)
@@ -195,7 +196,7 @@ def data_fingerprint(samples: TokenFile) -> int:
     return found
 
 
-def go_on(batches: TrainBatches, state: dict[str, Any]) -> None:
+def resume_batches(batches: TrainBatches, state: dict[str, Any]) -> None:
     "Take batches to where a state was noted; mistral-finetune's order is walked again."
     if state["data"] != batches.fingerprint():
         problem = "the data is not that of the run to resume"

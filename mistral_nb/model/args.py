@@ -24,7 +24,7 @@ class MoeArgs:
     num_experts: int
     num_experts_per_tok: int
 
-# %% ../../nbs/model/36_args.ipynb #modelargs
+
 @dataclass(frozen=True)
 class ModelArgs:
     "The shape of a transformer."
@@ -72,6 +72,7 @@ def read_shape(values: dict, names: Mapping[str, str], file: str, extra: dict | 
     def check(right: bool, first: str, second: str, why: str) -> None:
         pair = ", and ".join(f"{names[n]} is {v[n]}" for n in (first, second))
         if not right: raise ModelError(f"{file}: {pair}: {why}")
+
     check(v["n_heads"] % v["n_kv_heads"] == 0, "n_kv_heads", "n_heads", "as many queries must share each key")
     whole = "head_dim" in v or v["dim"] % v["n_heads"] == 0
     check(whole, "n_heads", "dim", f"the one does not divide the other, so give {names['head_dim']}")
@@ -135,18 +136,17 @@ def is_nf4(packed: Any) -> bool:
     if not isinstance(packed, dict): return False
     return packed.get("quant_method") == "bitsandbytes" and packed.get("bnb_4bit_quant_type") == "nf4"
 
-# %% ../../nbs/model/36_args.ipynb #check-layers
+
 def check_layers(kinds: Any, window: int | None, file: str) -> None:
     "`ModelError` if the kinds of layers are not all what `window` says."
     same = "full_attention" if window is None else "sliding_attention"
     if keys.is_unset(kinds) or isinstance(kinds, list) and all(k == same for k in kinds): return
-    raise ModelError(
-        f"{file}: layer_types is {keys.in_words(kinds)}, "
-        f"and with sliding_window {keys.in_words(window)} all must be {same}; "
-        f"as in {keys.LAYERED_FAMILY.name}, {keys.LAYERED_FAMILY.why}"
-    )
+    layered = keys.LAYERED_FAMILY
+    must = f"with sliding_window {keys.in_words(window)} all must be {same}"
+    problem = f"{file}: layer_types is {keys.in_words(kinds)}, and {must}"
+    raise ModelError(f"{problem}; as in {layered.name}, {layered.why}")
 
-# %% ../../nbs/model/36_args.ipynb #hf-theta
+
 def hf_theta(config: dict, file: str) -> float | None:
     "The `rope_theta` of the block in which transformers looks first."
     found = {k: plain_rope(config.get(k) or None, file, k) for k in ("rope_scaling", "rope_parameters")}
@@ -228,7 +228,7 @@ def n_lora(args: ModelArgs, rank: int) -> int:
     "Parameters of an adapter of `rank`."
     return rank * sum(n * (i + o) for n, i, o in linear_shapes(args).values())
 
-# %% ../../nbs/model/36_args.ipynb #flops-per-token
+
 def flops_per_token(args: ModelArgs, rank: int, context: float, trained_share: float = 1.0) -> float:
     "Useful operations for one token of a LoRA step; `context` is the mean number of positions attended to."
     active = args.moe.num_experts_per_tok / args.moe.num_experts if args.moe else 1.0

@@ -20,7 +20,7 @@ from ..core.display import one_line
 class ModelError(ValueError):
     "A model folder that cannot be used; says which file and what to do."
 
-# %% ../../nbs/model/35_keys.ipynb #key
+
 @dataclass(frozen=True)
 class Key:
     "A value of a shape: its name in `params.json` and in `config.json`, its kind and its bounds."
@@ -31,7 +31,7 @@ class Key:
     high: float = 2**20
     needed: bool = True
 
-# %% ../../nbs/model/35_keys.ipynb #shape-keys
+
 SHAPE_KEYS = (
     Key("dim", "hidden_size"), Key("n_layers", "num_hidden_layers", high=1000),
     Key("head_dim", "head_dim", low=2, high=2**14, needed=False),
@@ -54,18 +54,16 @@ def in_words(value: Any) -> str:
     "A value as it stands in a JSON file, on one short line."
     return one_line(json.dumps(value), 60)
 
-# %% ../../nbs/model/35_keys.ipynb #check-value
+
 def check_value(value: Any, key: Key, at: str) -> Any:
     "`value` if `key` may have it, else a `ModelError`; `at` is the file and the name there."
     right = type(value) is key.kind or (key.kind is float and type(value) is int)
     if right and (key.kind is bool or key.low <= value <= key.high): return value
     bounds = "" if key.kind is bool else f" from {key.low:,} to {key.high:,}"
-    raise ModelError(
-        f"{at} is {in_words(value)}, and must be {TYPE_WORDS[key.kind]}{bounds}: "
-        "compare the file with the one that the model was published with"
-    )
+    way_out = "compare the file with the one that the model was published with"
+    raise ModelError(f"{at} is {in_words(value)}, and must be {TYPE_WORDS[key.kind]}{bounds}: {way_out}")
 
-# %% ../../nbs/model/35_keys.ipynb #check-object
+
 def check_object(values: Any, at: str) -> None:
     "`ModelError` if what stands at `at` is no mapping."
     if isinstance(values, dict): return
@@ -88,7 +86,7 @@ def read_keys(
         for name, there in given.items()
     }
 
-# %% ../../nbs/model/35_keys.ipynb #config-kind
+
 def config_kind(file: str) -> str:
     "What a file should be, by its name."
     return "Mistral's params.json" if Path(file).name.startswith("params") else "a Hugging Face config.json"
@@ -108,7 +106,7 @@ LAYERED_FAMILY = Family(
     "windows that differ from layer to layer cannot be trained yet; Nemo 12B and 7B v0.3 can",
 )
 
-# %% ../../nbs/model/35_keys.ipynb #families-code
+
 FAMILIES = (  # the first that fits is named
     Family(
         "Codestral Mamba", "mamba mamba2 falcon_mamba",
@@ -176,7 +174,7 @@ HARMLESS_PARAMS = frozenset("""
     transformers_version _name_or_path multiple_of
 """.split())
 
-# %% ../../nbs/model/35_keys.ipynb #harmless-hf
+
 HARMLESS_HF = frozenset("""
     architectures model_type _name_or_path name_or_path transformers_version transformers.js_config
     torch_dtype dtype unsloth_version unsloth_fixed _commit_hash
@@ -212,7 +210,7 @@ def is_same(value: Any, other: Any) -> bool:
     "Whether two values of a file are equal, truths apart from numbers."
     return isinstance(value, bool) == isinstance(other, bool) and value == other
 
-# %% ../../nbs/model/35_keys.ipynb #refuse-unknown
+
 def refuse_unknown(block: dict, known: frozenset[str], file: str, at: str = "") -> None:
     "`ModelError` that names a key of `block` that is neither read nor known to change nothing."
     for key, value in block.items():
@@ -222,16 +220,12 @@ def refuse_unknown(block: dict, known: frozenset[str], file: str, at: str = "") 
         said = f"{file}: {path} is {in_words(value)}"
         if allowed: raise ModelError(f"{said}, and only {in_words(allowed[0])} can be trained")
         if is_unset(value): continue
-        raise ModelError(
-            f"{said}, a key that is not known here and may change what the model computes: "
-            "take it out of the file if you know that it does not"
-        )
+        what = "a key that is not known here and may change what the model computes"
+        raise ModelError(f"{said}, {what}: take it out of the file if you know that it does not")
 
 # %% ../../nbs/model/35_keys.ipynb #packed
 def refuse_packed(block: Any, file: str, name: str) -> None:
     "`ModelError` if a model's weights are packed by a program whose files are not read."
     if is_unset(block): return
-    raise ModelError(
-        f"{file}: {name} is {in_words(block)}: weights packed so cannot be read; "
-        "use the model as it was before, in bfloat16, or in bitsandbytes' nf4"
-    )
+    way_out = "use the model as it was before, in bfloat16, or in bitsandbytes' nf4"
+    raise ModelError(f"{file}: {name} is {in_words(block)}: weights packed so cannot be read; {way_out}")

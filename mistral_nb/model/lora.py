@@ -6,7 +6,7 @@
 __all__ = ['TARGETS', 'FILE_SCALING', 'GUARD_TENSOR', 'LoRALinear', 'add_adapters', 'lora_layers', 'init_lora', 'top_directions',
            'init_pissa', 'subtract_from_base', 'also_train_kind', 'resolve_tied', 'train_whole_weights', 'set_whole',
            'whole_state', 'adapter_off', 'adapter_state', 'load_adapter_state', 'lora_rank', 'add_adapters_like',
-           'merged_tensors', 'merged_state']
+           'merged_tensors', 'own_weights', 'merged_state']
 
 # %% ../../nbs/model/39_lora.ipynb #imports
 import math
@@ -15,15 +15,10 @@ from typing import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 
 from .args import ModelError
-from .quant import Linear
-from .quant import gather_rows
-from .quant import is_sharded
-from .quant import local_rows
-from .quant import local_slice
+from .quant import Linear, gather_rows, is_sharded, local_rows, local_slice
 
 # %% ../../nbs/model/39_lora.ipynb #linear
 class LoRALinear(nn.Module):
@@ -31,17 +26,14 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: Linear, rank: int, scaling: float, dropout: float = 0.0, dora: bool = False):
         super().__init__()
-        self.base, self.scaling, self.dropout, self.enabled = (
-            base.requires_grad_(False), scaling, dropout, True,
-        )
+        self.base, self.scaling, self.dropout = base.requires_grad_(False), scaling, dropout
+        self.enabled = True
+        self.initial_ab: tuple[Tensor, Tensor] | None = None  # taken out of `base`, see `init_pissa`
         out_features, in_features = self.shape = base.shape
-        kw = dict(bias=False, device=next(base.parameters()).device, dtype=torch.float32)
-        self.lora_A = nn.Linear(in_features, rank, **kw)
-        self.lora_B = nn.Linear(rank, out_features, **kw)
+        kind = dict(bias=False, device=next(base.parameters()).device, dtype=torch.float32)
+        self.lora_A = nn.Linear(in_features, rank, **kind)
+        self.lora_B = nn.Linear(rank, out_features, **kind)
         self.lora_magnitude = nn.Parameter(base.dequantize(torch.float32).norm(dim=1)) if dora else None
-        self.initial_ab: tuple[Tensor, Tensor] | None = (
-            None  # the matrices that were taken out of `base`, see `init_pissa`
-        )
 
     def active(self) -> tuple[Tensor, Tensor] | None:
         "`(A, B)` that are added to `base` now, if any"
@@ -51,9 +43,8 @@ class LoRALinear(nn.Module):
         y, added = self.base(x), self.active()
         if added is None: return y
         a, b = (t.to(x.dtype) for t in added)
-        y = y.addmm(
-            F.linear(F.dropout(x, self.dropout, self.training and self.enabled), a), b.t(), alpha=self.scaling
-        )
+        dropped = F.dropout(x, self.dropout, self.training and self.enabled)
+        y = y.addmm(F.linear(dropped, a), b.t(), alpha=self.scaling)
         return y if self.lora_magnitude is None or not self.enabled else y * self.dora_factor().to(x.dtype)
 
     def dora_factor(self) -> Tensor:
@@ -120,32 +111,28 @@ def top_directions(w: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
 # %% ../../nbs/model/39_lora.ipynb #init-pissa
 @torch.no_grad()
 def init_pissa(model: nn.Module, seed: int, agree: Callable[[Tensor], Tensor] = lambda t: t) -> None:
-    "Move the largest directions of each matrix from the base into its adapter; all processes `agree` on them."
+    "Move the largest directions of each matrix from the base to its adapter; all processes `agree` on them."
     for name, layer in sorted(lora_layers(model).items()):
-        if layer.lora_A.out_features > min(layer.shape):
-            raise ModelError(
-                f"lora.init: pissa needs a rank of at most {min(layer.shape)}, which is the smaller side of {name}"
-            )
-        if layer.base.kind != "none":
-            raise ModelError(
-                f"a base in {layer.base.kind} cannot give directions away: use it without PiSSA, or a base without quantization"
-            )
-        a, b = (
-            agree(t / layer.scaling**0.5)
-            for t in top_directions(layer.base.dequantize(torch.float32), layer.lora_A.out_features, seed)
-        )
+        rank, smaller, kind = layer.lora_A.out_features, min(layer.shape), layer.base.kind
+        if rank > smaller:
+            problem = f"needs a rank of at most {smaller}, which is the smaller side of {name}"
+            raise ModelError(f"lora.init: pissa {problem}")
+        if kind != "none":
+            way_out = "use it without PiSSA, or a base without quantization"
+            raise ModelError(f"a base in {kind} cannot give directions away: {way_out}")
+        found = top_directions(layer.base.dequantize(torch.float32), rank, seed)
+        a, b = (agree(t / layer.scaling**0.5) for t in found)
         subtract_from_base(layer, a, b)
         layer.lora_A.weight.copy_(a)
         layer.lora_B.weight.copy_(b)
 
-# %% ../../nbs/model/39_lora.ipynb #subtract-from-base
+
 @torch.no_grad()
 def subtract_from_base(layer: LoRALinear, a: Tensor, b: Tensor) -> None:
     "Subtract `scaling * b a` from the base, after putting back what was taken out before."
-    if layer.initial_ab and layer.initial_ab[0].equal(a) and layer.initial_ab[1].equal(b): return
-    full = layer.base.dequantize(torch.float32) + (
-        layer.scaling * layer.initial_ab[1] @ layer.initial_ab[0] if layer.initial_ab else 0
-    )
+    before, full = layer.initial_ab, layer.base.dequantize(torch.float32)
+    if before and before[0].equal(a) and before[1].equal(b): return
+    if before: full = full + layer.scaling * before[1] @ before[0]
     layer.initial_ab = (a.clone(), b.clone())
     rest = (full - layer.scaling * b @ a).to(layer.base.weight.dtype)
     if is_sharded(layer.base.weight):
@@ -155,9 +142,8 @@ def subtract_from_base(layer: LoRALinear, a: Tensor, b: Tensor) -> None:
 # %% ../../nbs/model/39_lora.ipynb #also
 def also_train_kind(name: str) -> str:
     "What a parameter is called in `also_train`; empty for all others."
-    return {"tok_embeddings.weight": "embeddings", "output.weight": "output"}.get(
-        name, "norms" if name.endswith("norm.weight") else ""
-    )
+    tables = {"tok_embeddings.weight": "embeddings", "output.weight": "output"}
+    return tables.get(name, "norms" if name.endswith("norm.weight") else "")
 
 
 def resolve_tied(kinds: Sequence[str], tied: bool) -> set[str]:
@@ -167,34 +153,31 @@ def resolve_tied(kinds: Sequence[str], tied: bool) -> set[str]:
 
 def train_whole_weights(model: nn.Module, kinds: Sequence[str]) -> None:
     "Train the weights of some `kinds`: norms, embeddings, output."
-    kinds = resolve_tied(kinds, getattr(model, "args", None) is not None and model.args.tied_embeddings)
-    set_whole(
-        model,
-        {n: p.detach().float() for n, p in model.named_parameters() if also_train_kind(n) in kinds},
-        train=True,
-    )
+    args = getattr(model, "args", None)
+    kinds = resolve_tied(kinds, args is not None and args.tied_embeddings)
+    chosen = {n: p.detach().float() for n, p in model.named_parameters() if also_train_kind(n) in kinds}
+    set_whole(model, chosen, train=True)
 
-# %% ../../nbs/model/39_lora.ipynb #set-whole
+
 def set_whole(model: nn.Module, weights: Mapping[str, Tensor], train: bool = False) -> None:
     "Put whole weights in the place of the base's, which are kept for `adapter_off`."
     before = model.__dict__.setdefault("base_values", {})
     known = dict(model.named_parameters())
     for name, w in weights.items():
-        if name not in known or known[name].shape != w.shape:
-            raise ValueError(
-                f"whole weights do not fit the model: {name} is {tuple(w.shape)}, and {tuple(known[name].shape) if name in known else 'nothing'} there"
-            )
+        there = tuple(known[name].shape) if name in known else "nothing"
+        if there != tuple(w.shape):
+            problem = f"{name} is {tuple(w.shape)}, and {there} there"
+            raise ValueError(f"whole weights do not fit the model: {problem}")
         p = known[name]
         before.setdefault(name, p.detach())
         p.data = w.clone() if w.data_ptr() == p.data_ptr() else w.to(p.device)
         p.requires_grad_(train)
 
-# %% ../../nbs/model/39_lora.ipynb #whole-state
+
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     "The whole weights that are trained beside the adapter, on the CPU."
-    return {
-        n: model.get_parameter(n).detach().to("cpu", copy=True) for n in getattr(model, "base_values", {})
-    }
+    names = getattr(model, "base_values", {})
+    return {n: model.get_parameter(n).detach().to("cpu", copy=True) for n in names}
 
 # %% ../../nbs/model/39_lora.ipynb #off
 @contextmanager
@@ -212,9 +195,7 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 # %% ../../nbs/model/39_lora.ipynb #state
 FILE_SCALING = 2.0  # what loaders of lora.safetensors assume
-GUARD_TENSOR = (
-    "only_for_mistral_nb"  # a tensor of this name in an adapter file stops them; it says nothing to us
-)
+GUARD_TENSOR = "only_for_mistral_nb"  # a tensor of this name in an adapter file stops them
 
 
 def adapter_state(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -222,13 +203,11 @@ def adapter_state(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[
     out = {}
     for name, m in lora_layers(model).items():
         a, b = m.lora_A.weight.detach(), m.lora_B.weight.detach()
-        if m.initial_ab:
-            a, b = (
-                torch.cat([a, a - m.initial_ab[0]]), torch.cat([b - m.initial_ab[1], m.initial_ab[1]], 1),
-            )  # BA - B₀A₀ without two large parts that cancel
-        out[f"{name}.lora_A.weight"], out[f"{name}.lora_B.weight"] = (
-            t.to("cpu", dtype, copy=True).contiguous() for t in (a, b * (m.scaling / FILE_SCALING))
-        )
+        if m.initial_ab:  # BA - B₀A₀ without two large parts that cancel
+            a0, b0 = m.initial_ab
+            a, b = torch.cat([a, a - a0]), torch.cat([b - b0, b0], 1)
+        for key, t in (("A", a), ("B", b * (m.scaling / FILE_SCALING))):
+            out[f"{name}.lora_{key}.weight"] = t.to("cpu", dtype, copy=True).contiguous()
         if m.lora_magnitude is not None:
             out[f"{name}.lora_magnitude"] = m.lora_magnitude.detach().to("cpu", torch.float32, copy=True)
     return out
@@ -239,69 +218,58 @@ def load_adapter_state(
     model: nn.Module, state: dict[str, Tensor], file_scaling: float = FILE_SCALING
 ) -> None:
     "Put the tensors of an adapter file into `model`; names and shapes must agree."
-    layers = lora_layers(model)
-    wanted = {
-        f"{n}.{p}": q for n, m in layers.items() for p, q in m.named_parameters() if p.startswith("lora_")
-    }
-    missing, unknown = (
-        sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys() - {GUARD_TENSOR}),
-    )
+    problem, wanted, scaling = "the adapter does not fit the model", {}, {}
+    for name, layer in lora_layers(model).items():
+        mine = {f"{name}.{leaf}": p for leaf, p in layer.named_parameters() if leaf.startswith("lora_")}
+        wanted |= mine
+        scaling |= dict.fromkeys(mine, layer.scaling)
+    missing = sorted(wanted.keys() - state.keys())
+    unknown = sorted(state.keys() - wanted.keys() - {GUARD_TENSOR})
     if missing or unknown:
         counts = f"({len(missing)} and {len(unknown)} in all)"
-        raise ValueError(
-            f"the adapter does not fit the model: missing {missing[:3]}, unknown {unknown[:3]} {counts}"
-        )
+        raise ValueError(f"{problem}: missing {missing[:3]}, unknown {unknown[:3]} {counts}")
     for name, p in wanted.items():
-        if p.shape != state[name].shape:
-            there = f"{name} is {tuple(state[name].shape)}, not {tuple(p.shape)}"
-            raise ValueError(f"the adapter does not fit the model: {there}: another rank or model")
-        scale = (
-            file_scaling / layers[name.rsplit(".", 2)[0]].scaling if name.endswith("lora_B.weight") else 1.0
-        )
-        p.copy_(state[name].float() * scale)
+        found = state[name]
+        if p.shape != found.shape:
+            there = f"{name} is {tuple(found.shape)}, not {tuple(p.shape)}"
+            raise ValueError(f"{problem}: {there}: another rank or model")
+        p.copy_(found.float() * (file_scaling / scaling[name] if name.endswith("lora_B.weight") else 1.0))
 
-# %% ../../nbs/model/39_lora.ipynb #lora-rank
+
 def lora_rank(state: dict[str, Tensor]) -> int:
     "The rank of an adapter file."
     ranks = {t.shape[0] for n, t in state.items() if n.endswith("lora_A.weight")}
-    if len(ranks) != 1:
-        raise ValueError(
-            f"not an adapter of one rank: the file has {len(state)} tensors and the ranks {sorted(ranks)}"
-        )
-    return ranks.pop()
+    if len(ranks) == 1: return ranks.pop()
+    found = f"the file has {len(state)} tensors and the ranks {sorted(ranks)}"
+    raise ValueError(f"not an adapter of one rank: {found}")
 
 
 def add_adapters_like(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     "Put the adapter of a file on `model`: the layers, the rank and the kind that the file has."
-    names = {n.rpartition(".lora_A.weight")[0] for n in state if n.endswith("lora_A.weight")}
-    add_adapters(
-        model, lora_rank(state), FILE_SCALING, targets={n.rpartition(".")[2] for n in names},
-        dora=any(n.endswith("lora_magnitude") for n in state),
-    )
-    return model
+    names = {n.removesuffix(".lora_A.weight") for n in state if n.endswith(".lora_A.weight")}
+    targets, dora = {n.rpartition(".")[2] for n in names}, any(n.endswith("lora_magnitude") for n in state)
+    return add_adapters(model, lora_rank(state), FILE_SCALING, targets=targets, dora=dora)
 
 # %% ../../nbs/model/39_lora.ipynb #merge
 @torch.no_grad()
 def merged_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     "Name and weight of the model with its adapter added in float32, one after the other, on the CPU."
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear): found = {"weight": module.merged()}
-        elif isinstance(module, Linear):
-            found = {} if name.endswith(".base") else {"weight": module.dequantize()}
-        else:
-            found = (
-                {}
-                if ".lora_" in name
-                else {leaf: gather_rows(p.detach()) for leaf, p in module.named_parameters(recurse=False)}
-            )
         own = getattr(module, "base", module)
-        for leaf, t in found.items():
-            yield (
-                f"{name}.{leaf}",
-                t.to("cpu", dtype or (own.dtype if isinstance(own, Linear) else t.dtype)).contiguous(),
-            )
+        for leaf, t in own_weights(name, module):
+            stored = own.dtype if isinstance(own, Linear) else t.dtype
+            yield f"{name}.{leaf}", t.to("cpu", dtype or stored).contiguous()
 
-# %% ../../nbs/model/39_lora.ipynb #merged-state
+
+def own_weights(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    "The weights of a module itself, merged; none of what belongs to an adapted layer."
+    if isinstance(module, LoRALinear): yield "weight", module.merged()
+    elif isinstance(module, Linear):
+        if not name.endswith(".base"): yield "weight", module.dequantize()
+    elif ".lora_" not in name:
+        for leaf, p in module.named_parameters(recurse=False): yield leaf, gather_rows(p.detach())
+
+
 def merged_state(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     "All of them at once."
     return dict(merged_tensors(model, dtype))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NF4_BLOCK', 'NF4_VALUES', 'FP8', 'FP8_MAX', 'STORAGES', 'is_sharded', 'gather_rows', 'local_rows', 'local_slice',
-           'Linear', 'FrozenProduct', 'PackedLinear', 'nf4_levels', 'NF4Linear', 'unpack_nf4',
-           'bitsandbytes_dequantize', 'Int8Linear', 'unpack_int8', 'fp8_rows', 'has_fp8', 'fp8_product', 'FP8Linear',
+           'Linear', 'PackedLinear', 'FrozenProduct', 'nf4_levels', 'unpack_nf4', 'bitsandbytes_dequantize',
+           'NF4Linear', 'unpack_int8', 'row_scales', 'Int8Linear', 'fp8_rows', 'has_fp8', 'fp8_product', 'FP8Linear',
            'quantize_linear', 'stored_bits']
 
 # %% ../../nbs/model/38_quant.ipynb #imports
@@ -29,14 +29,9 @@ def gather_rows(t: Tensor) -> Tensor:
     "All rows of `t`; if they lie on several devices, all processes must ask at once."
     if not is_sharded(t): return t
     if t.dtype != torch.float8_e4m3fn: return t.full_tensor()
-    return (
-        type(t)
-        .from_local(
-            t.to_local().view(torch.uint8), t.device_mesh, t.placements, shape=t.shape, stride=t.stride()
-        )
-        .full_tensor()
-        .view(t.dtype)
-    )  # not every backend sends 8-bit floats
+    local, where = t.to_local().view(torch.uint8), (t.device_mesh, t.placements)  # as bytes: not every
+    as_bytes = type(t).from_local(local, *where, shape=t.shape, stride=t.stride())  # backend sends fp8
+    return as_bytes.full_tensor().view(t.dtype)
 
 
 def local_rows(t: Tensor) -> Tensor:
@@ -87,19 +82,7 @@ class Linear(nn.Module):
         kind = f", {self.kind}" if self.kind != "none" else ""
         return f"{self.shape[1]} -> {self.shape[0]}{kind}"
 
-# %% ../../nbs/model/38_quant.ipynb #frozenproduct
-class FrozenProduct(torch.autograd.Function):
-    "`x @ W.T` that keeps nothing: neither the input, which no gradient needs, nor the unpacked matrix."
-
-    @staticmethod
-    def forward(ctx, x: Tensor, linear: Linear) -> Tensor:
-        ctx.linear = linear
-        return linear.matmul(x)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor): return ctx.linear.matmul_transposed(dy), None
-
-# %% ../../nbs/model/38_quant.ipynb #packedlinear
+# %% ../../nbs/model/38_quant.ipynb #packed-linear
 class PackedLinear(Linear):
     "A frozen matrix as `codes` and `scale`."
 
@@ -117,17 +100,30 @@ class PackedLinear(Linear):
     def matmul(self, x: Tensor, prepared: Any = None) -> Tensor: return F.linear(x, self.dequantize(x.dtype))
 
     def matmul_transposed(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
-        return dy @ self.dequantize(dy.dtype) if into is None else into.addmm_(dy, self.dequantize(dy.dtype))
+        matrix = self.dequantize(dy.dtype)
+        return dy @ matrix if into is None else into.addmm_(dy, matrix)
 
     def forward(self, x: Tensor) -> Tensor: return FrozenProduct.apply(x, self)
+
+
+class FrozenProduct(torch.autograd.Function):
+    "`x @ W.T` that keeps nothing: neither the input, which no gradient needs, nor the unpacked matrix."
+
+    @staticmethod
+    def forward(ctx, x: Tensor, linear: Linear) -> Tensor:
+        ctx.linear = linear
+        return linear.matmul(x)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor): return ctx.linear.matmul_transposed(dy), None
 
 # %% ../../nbs/model/38_quant.ipynb #nf4
 NF4_BLOCK = 64  # weights that share a scale
 NF4_VALUES = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
-    1.0,
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )
 
 
@@ -137,31 +133,7 @@ def nf4_levels(device: torch.device) -> tuple[Tensor, Tensor]:
     each = torch.tensor(NF4_VALUES, device=device)
     return (each[1:] + each[:-1]) / 2, torch.stack([each.repeat_interleave(16), each.repeat(16)], 1)
 
-# %% ../../nbs/model/38_quant.ipynb #nf4linear
-class NF4Linear(PackedLinear):
-    "Codes (out, in / 2) and scales (out, in / 64)."
-    kind = "nf4"
 
-    @staticmethod
-    def pack(w: Tensor) -> tuple[Tensor, Tensor]:
-        "Rows of a matrix as codes and scales"
-        blocks = w.float().unflatten(1, (-1, NF4_BLOCK))
-        scale = blocks.abs().amax(-1)
-        code = (
-            torch.bucketize(blocks / scale.clamp(min=1e-38)[..., None], nf4_levels(w.device)[0])
-            .to(torch.uint8)
-            .flatten(1)
-        )
-        return code[:, ::2] << 4 | code[:, 1::2], scale
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        dtype = dtype or self.dtype
-        codes, scale = gather_rows(self.codes), gather_rows(self.scale)
-        if codes.is_cuda and (fast := bitsandbytes_dequantize()):
-            return fast(codes.view(-1, 1), scale.view(-1), NF4_BLOCK, "nf4", self.shape, dtype)
-        return unpack_nf4(codes, scale, nf4_levels(codes.device)[1], dtype)
-
-# %% ../../nbs/model/38_quant.ipynb #bitsandbytes-dequantize
 @compile_on_gpu
 def unpack_nf4(codes: Tensor, scale: Tensor, pairs: Tensor, dtype: torch.dtype) -> Tensor:
     "The matrix of codes (out, in / 2) and scales (out, in / 64)."
@@ -177,7 +149,41 @@ def bitsandbytes_dequantize():
         return torch.ops.bitsandbytes.dequantize_4bit
     except (ImportError, AttributeError, RuntimeError, OSError): return None
 
+# %% ../../nbs/model/38_quant.ipynb #nf4-linear
+class NF4Linear(PackedLinear):
+    "Codes (out, in / 2) and scales (out, in / 64)."
+    kind = "nf4"
+
+    @staticmethod
+    def pack(w: Tensor) -> tuple[Tensor, Tensor]:
+        "Rows of a matrix as codes and scales"
+        blocks = w.float().unflatten(1, (-1, NF4_BLOCK))
+        scale = blocks.abs().amax(-1)
+        borders = nf4_levels(w.device)[0]
+        levels = torch.bucketize(blocks / scale.clamp(min=1e-38)[..., None], borders)
+        code = levels.to(torch.uint8).flatten(1)
+        return code[:, ::2] << 4 | code[:, 1::2], scale
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or self.dtype
+        codes, scale = gather_rows(self.codes), gather_rows(self.scale)
+        if codes.is_cuda and (fast := bitsandbytes_dequantize()):
+            return fast(codes.view(-1, 1), scale.view(-1), NF4_BLOCK, "nf4", self.shape, dtype)
+        return unpack_nf4(codes, scale, nf4_levels(codes.device)[1], dtype)
+
 # %% ../../nbs/model/38_quant.ipynb #eight
+@compile_on_gpu
+def unpack_int8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    "The matrix of codes (out, in) and scales (out, 1)."
+    return (codes * scale).to(dtype)
+
+
+def row_scales(x: Tensor, largest: float) -> Tensor:
+    "What each row is divided by, so that its largest magnitude becomes `largest`: (rows, 1)."
+    most = x.abs().amax(1, keepdim=True)
+    return most / torch.full_like(most, largest)  # CUDA takes a number's inverse, which rounds otherwise
+
+
 class Int8Linear(PackedLinear):
     "Codes (out, in) int8 and a scale for each row (out, 1)."
     kind = "int8"
@@ -185,21 +191,13 @@ class Int8Linear(PackedLinear):
     @staticmethod
     def pack(w: Tensor) -> tuple[Tensor, Tensor]:
         "Rows of a matrix as codes and scales"
-        most = w.float().abs().amax(1, keepdim=True)
-        scale = most / torch.full_like(
-            most, 127
-        )  # by a tensor: CUDA takes a number's inverse, which rounds otherwise
+        scale = row_scales(w.float(), 127)
         return (w.float() / scale.clamp(min=1e-38)).round().to(torch.int8), scale
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         return unpack_int8(gather_rows(self.codes), gather_rows(self.scale), dtype or self.dtype)
 
 # %% ../../nbs/model/38_quant.ipynb #fp8-rows
-@compile_on_gpu
-def unpack_int8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    "The matrix of codes (out, in) and scales (out, 1)."
-    return (codes * scale).to(dtype)
-
 FP8, FP8_MAX = torch.float8_e4m3fn, 448.0
 
 
@@ -207,9 +205,7 @@ FP8, FP8_MAX = torch.float8_e4m3fn, 448.0
 def fp8_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
     "Rows as e4m3 and a float32 scale each: (T, n) and (T, 1); `columns` (1, n) are multiplied in before."
     v = x.float() if columns is None else x.float() * columns
-    most = v.abs().amax(1, keepdim=True)
-    scale = most / torch.full_like(most, FP8_MAX)  # by a tensor, as in int8
-    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)  # gradients are small
+    scale = row_scales(v, FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)  # gradients are small
     return (v / scale).to(FP8), scale
 
 
@@ -223,13 +219,11 @@ def fp8_product(
     a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: torch.dtype, fast: bool
 ) -> Tensor:
     "`(a * scale_a) @ (b * scale_b).T` of e4m3 rows (T, n) and (m, n) with scales (T, 1) and (m, 1)."
-    if fast:
-        return torch._scaled_mm(
-            a, b.t(), scale_a=scale_a, scale_b=scale_b.t(), out_dtype=torch.bfloat16, use_fast_accum=a.is_cuda
-        ).to(dtype)
-    return F.linear((a.float() * scale_a).to(dtype), (b.float() * scale_b).to(dtype))
+    if not fast: return F.linear((a.float() * scale_a).to(dtype), (b.float() * scale_b).to(dtype))
+    how = dict(out_dtype=torch.bfloat16, use_fast_accum=a.is_cuda)
+    return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b.t(), **how).to(dtype)
 
-# %% ../../nbs/model/38_quant.ipynb #fp8linear
+# %% ../../nbs/model/38_quant.ipynb #fp8-linear
 class FP8Linear(PackedLinear):
     "Codes (out, in) e4m3, a scale for each row (out, 1); both products round the other factor to e4m3 too."
     kind = "fp8"
@@ -248,9 +242,8 @@ class FP8Linear(PackedLinear):
 
     def matmul_transposed(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
         a, scale = fp8_rows(dy, self.scale.t())
-        turned, one = (
-            self.codes.t().contiguous(), torch.ones(self.shape[1], 1, device=dy.device),
-        )  # tensor cores read both factors along the sum
+        turned = self.codes.t().contiguous()  # tensor cores read both factors along the sum
+        one = torch.ones(self.shape[1], 1, device=dy.device)
         dx = fp8_product(a, scale, turned, one, dy.dtype, has_fp8(dy.device))
         return dx if into is None else into.add_(dx)
 
@@ -263,17 +256,13 @@ def quantize_linear(w: Tensor, kind: str, dtype: torch.dtype | None = None, rows
     "A matrix (out, in) in the storage `kind`: nf4, fp8, int8 or none; `dtype` is what `dense` gives."
     if kind == "none": return Linear(*reversed(w.shape), weight=w)
     if kind == "nf4" and w.shape[1] % NF4_BLOCK:
-        raise ValueError(
-            f"nf4 needs rows of a multiple of {NF4_BLOCK} weights, "
-            f"and this matrix has {w.shape[1]}: use int8 or fp8"
-        )
+        problem = f"nf4 needs rows of a multiple of {NF4_BLOCK} weights, and this matrix has {w.shape[1]}"
+        raise ValueError(f"{problem}: use int8 or fp8")
     codes, scale = zip(*(STORAGES[kind].pack(part) for part in w.split(rows)))
     return STORAGES[kind](torch.cat(codes), torch.cat(scale), w.shape, dtype or w.dtype)
 
 
 def stored_bits(kind: str, in_features: int, dtype_bits: int = 16) -> float:
     "Bits that one weight of a row of `in_features` takes."
-    return {
-        "none": dtype_bits, "nf4": 4 + 32 / NF4_BLOCK, "fp8": 8 + 32 / in_features,
-        "int8": 8 + 32 / in_features,
-    }[kind]
+    if kind == "none": return dtype_bits
+    return 4 + 32 / NF4_BLOCK if kind == "nf4" else 8 + 32 / in_features
