@@ -87,17 +87,15 @@ SCALE_TENSORS = re.compile(
     r"\.(qscale_weight|qscale_act|weight_scale|weight_scale_inv|activation_scale|input_scale"
     r"|weight_packed|weight_shape|qweight|qzeros|scales|g_idx|SCB)$"
 )
-UNPACKED_HINT = (
-    "use the model as it was before, in bfloat16; quantize: fp8, int8 or nf4 packs it while it is read"
-)
+_PACKS = "quantize: fp8, int8 or nf4 packs it while it is read"
+UNPACKED_HINT = f"use the model as it was before, in bfloat16; {_PACKS}"
 
 
 def is_table(name: str, at: str = "") -> bool:
     "Whether a tensor only repeats what follows from the shape; `ModelError` if it belongs to packed weights."
     if not SCALE_TENSORS.search(name): return bool(ROTATION_TABLES.search(name))
-    raise ModelError(
-        f"{at}{name} belongs to weights packed in 8 or 4 bits, which cannot be read: {UNPACKED_HINT}"
-    )
+    problem = "belongs to weights packed in 8 or 4 bits, which cannot be read"
+    raise ModelError(f"{at}{name} {problem}: {UNPACKED_HINT}")
 
 # %% ../../nbs/model/43_layouts.ipynb #stored
 STORED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -125,7 +123,7 @@ def part_names(name: str, names: Iterable[str]) -> set[str]:
     "The tensors that belong to the packed weight `name`."
     return {n for n in names if n.startswith(name + ".")}
 
-# %% ../../nbs/model/43_layouts.ipynb #from-bitsandbytes
+
 def from_bitsandbytes(name: str, tensor: Callable[[str], Tensor], parts: set[str]) -> NF4Linear:
     "A packed weight from bitsandbytes' tensors."
     state = json.loads(bytes(tensor(name + NF4_STATE).tolist()))
@@ -139,9 +137,8 @@ def from_bitsandbytes(name: str, tensor: Callable[[str], Tensor], parts: set[str
         scale = table[scale.int()] * outer + state["nested_offset"]
     rows, columns = state["shape"]
     if columns % NF4_BLOCK:
-        raise ModelError(
-            f"{name} has rows of {columns} weights that blocks cross: {NF4_BLOCK} must divide them"
-        )
+        problem = f"{name} has rows of {columns} weights that blocks cross"
+        raise ModelError(f"{problem}: {NF4_BLOCK} must divide them")
     codes = tensor(name).view(torch.uint8).view(rows, columns // 2)
     scales = scale.float().view(rows, columns // NF4_BLOCK)
     return NF4Linear(codes, scales, (rows, columns), getattr(torch, state["dtype"]))

@@ -4,26 +4,17 @@
 
 # %% auto #0
 __all__ = ['AdapterPairs', 'ExpertOrder', 'sort_by_expert', 'LoopedExperts', 'as_stacked', 'GroupedExperts', 'experts_product',
-           'Experts', 'moe_forward', 'moe_reference']
+           'can_group', 'Experts', 'moe_forward', 'moe_reference']
 
 # %% ../../nbs/model/41_moe.ipynb #imports
-from typing import NamedTuple, Sequence
+from typing import Iterator, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 
-from .fused import LoraSpec
-from .fused import adapter_grads
-from .fused import apply_split
-from .fused import apply_dropout
-from .fused import swiglu
-from .fused import swiglu_backward
-from .fused import input_grad
-from .fused import is_fusible
-from .fused import split_layers
-from .fused import low_rank_grad
+from .fused import LoraSpec, adapter_grads, apply_dropout, apply_split, input_grad
+from .fused import is_fusible, low_rank_grad, split_layers, swiglu, swiglu_backward
 
 # %% ../../nbs/model/41_moe.ipynb #route
 class ExpertOrder(NamedTuple):
@@ -36,9 +27,8 @@ def sort_by_expert(chosen: Tensor, experts: int) -> tuple[ExpertOrder, Tensor]:
     "The route of `chosen` (T, active), and the order that sorts its entries."
     flat = chosen.flatten()
     order = flat.argsort(stable=True)
-    return ExpertOrder(
-        order // chosen.shape[1], flat.bincount(minlength=experts).cumsum(0, dtype=torch.int32)
-    ), order
+    ends = flat.bincount(minlength=experts).cumsum(0, dtype=torch.int32)
+    return ExpertOrder(order // chosen.shape[1], ends), order
 
 # %% ../../nbs/model/41_moe.ipynb #loop
 AdapterPairs = Sequence[Tensor | None]  # A and B of each expert, one after the other
@@ -51,14 +41,14 @@ class LoopedExperts:
         borders = [0, *ends.tolist()]
         self.parts, self.at = parts, [slice(a, b) for a, b in zip(borders, borders[1:])]
 
-    def each(self, pairs: AdapterPairs): return zip(self.at, self.parts, pairs[::2], pairs[1::2])
+    def each(self, pairs: AdapterPairs) -> Iterator[tuple[slice, LoraSpec, Tensor | None, Tensor | None]]:
+        "Rows, part, A and B of each expert"
+        return zip(self.at, self.parts, pairs[::2], pairs[1::2])
 
     def forward(self, x: Tensor, pairs: AdapterPairs) -> tuple[Tensor, Tensor | None]:
         "`(y, low)` of sorted rows (rows, in)"
-        y, low = (
-            x.new_empty(len(x), self.parts[0].base.shape[0]),
-            None if pairs[0] is None else x.new_empty(len(x), len(pairs[0])),
-        )
+        y = x.new_empty(len(x), self.parts[0].base.shape[0])
+        low = None if pairs[0] is None else x.new_empty(len(x), len(pairs[0]))
         for at, part, a, b in self.each(pairs):
             y[at], some = apply_split(part, x[at], a, b)
             if low is not None: low[at] = some
@@ -66,45 +56,34 @@ class LoopedExperts:
 
     def up(self, dy: Tensor, pairs: AdapterPairs) -> Tensor | None:
         "dy B"
-        return (
-            None
-            if pairs[0] is None
-            else torch.cat([low_rank_grad(dy[at], b) for at, _, _, b in self.each(pairs)])
-        )
+        if pairs[0] is None: return None
+        return torch.cat([low_rank_grad(dy[at], b) for at, _, _, b in self.each(pairs)])
 
     def input_back(self, dy: Tensor, up: Tensor | None, pairs: AdapterPairs) -> Tensor:
         "Gradient of the rows"
-        return torch.cat(
-            [
-                input_grad(part, dy[at], None if up is None else up[at], a)
-                for at, part, a, _ in self.each(pairs)
-            ]
-        )
+        ups = [None if up is None else up[at] for at in self.at]
+        each = zip(ups, self.each(pairs))
+        return torch.cat([input_grad(part, dy[at], some, a) for some, (at, part, a, _) in each])
 
     def adapter_back(
         self, dy: Tensor, up: Tensor | None, x: Tensor, low: Tensor | None, pairs: AdapterPairs
     ) -> list[Tensor | None]:
         "Gradients of `pairs`"
         if low is None: return [None] * len(pairs)
-        return [
-            g
-            for at, part, a, _ in self.each(pairs)
-            for g in adapter_grads(part, dy[at], up[at], x[at], low[at], a)
-        ]
+        out = []
+        for at, part, a, _ in self.each(pairs): out += adapter_grads(part, dy[at], up[at], x[at], low[at], a)
+        return out
 
 # %% ../../nbs/model/41_moe.ipynb #grouped
 def as_stacked(matrices: Sequence[Tensor]) -> Tensor | None:
     "Matrices that stand one behind the other in memory as (n, out, in), without a copy; None if they do not."
     first, size = matrices[0], matrices[0].numel()
-    one = all(
-        m.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        and m.storage_offset() == first.storage_offset() + i * size
-        and m.is_contiguous()
-        for i, m in enumerate(matrices)
-    )
-    return first.detach().as_strided((len(matrices), *first.shape), (size, *first.stride())) if one else None
+    for i, m in enumerate(matrices):
+        if m.untyped_storage().data_ptr() != first.untyped_storage().data_ptr(): return None
+        if m.storage_offset() != first.storage_offset() + i * size or not m.is_contiguous(): return None
+    return first.detach().as_strided((len(matrices), *first.shape), (size, *first.stride()))
 
-# %% ../../nbs/model/41_moe.ipynb #groupedexperts
+# %% ../../nbs/model/41_moe.ipynb #grouped-experts
 class GroupedExperts(LoopedExperts):
     "The same as one product for all experts."
 
@@ -129,42 +108,34 @@ class GroupedExperts(LoopedExperts):
 
     def input_back(self, dy: Tensor, up: Tensor | None, pairs: AdapterPairs) -> Tensor:
         dx = self.mm(dy, self.weights)
-        return (
-            dx
-            if up is None
-            else dx.add_(
-                apply_dropout(self.mm(up, self.stack(pairs[::2], dy)), self.parts[0]),
-                alpha=self.parts[0].scaling,
-            )
-        )
+        if up is None: return dx
+        added = apply_dropout(self.mm(up, self.stack(pairs[::2], dy)), self.parts[0])
+        return dx.add_(added, alpha=self.parts[0].scaling)
 
     def adapter_back(
         self, dy: Tensor, up: Tensor | None, x: Tensor, low: Tensor | None, pairs: AdapterPairs
     ) -> list[Tensor | None]:
         if low is None: return [None] * len(pairs)
-        one = lambda rows, columns: (
-            torch.where(self.some, self.mm(rows.t(), columns), 0) * self.parts[0].scaling
-        )
-        grads = one(up, apply_dropout(x, self.parts[0])), one(dy, low)
-        return [
-            g.to(p.dtype)
-            for both, ps in zip(zip(*grads), zip(pairs[::2], pairs[1::2]))
-            for g, p in zip(both, ps)
-        ]
+        da = self.grad(up, apply_dropout(x, self.parts[0]))
+        both = [g for pair in zip(da, self.grad(dy, low)) for g in pair]
+        return [g.to(p.dtype) for g, p in zip(both, pairs)]
+
+    def grad(self, rows: Tensor, columns: Tensor) -> Tensor:
+        "One factor's gradient of all experts; nothing for those without rows"
+        return torch.where(self.some, self.mm(rows.t(), columns), 0) * self.parts[0].scaling
 
 # %% ../../nbs/model/41_moe.ipynb #experts-product
 def experts_product(parts: list[LoraSpec], ends: Tensor, dtype: torch.dtype, rank: int) -> LoopedExperts:
     "The fastest way for these experts."
-    able = (
-        hasattr(F, "grouped_mm")
-        and ends.is_cuda
-        and dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(ends.device) >= (9, 0)
-    )
-    if able and rank % 8 == 0 and all(p.base.kind == "none" for p in parts):
-        weights = as_stacked([p.base.weight for p in parts])
-        if weights is not None: return GroupedExperts(parts, ends, weights)
-    return LoopedExperts(parts, ends)
+    able = can_group(ends.device, dtype) and rank % 8 == 0 and all(p.base.kind == "none" for p in parts)
+    weights = as_stacked([p.base.weight for p in parts]) if able else None
+    return LoopedExperts(parts, ends) if weights is None else GroupedExperts(parts, ends, weights)
+
+
+def can_group(device: torch.device, dtype: torch.dtype) -> bool:
+    "Whether a device multiplies all experts at once."
+    if not hasattr(F, "grouped_mm") or device.type != "cuda" or dtype != torch.bfloat16: return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 # %% ../../nbs/model/41_moe.ipynb #function
 class Experts(torch.autograd.Function):
@@ -172,7 +143,11 @@ class Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, h: Tensor, share: Tensor, where: ExpertOrder, parts: Sequence[list[LoraSpec]],
+        ctx,
+        h: Tensor,
+        share: Tensor,
+        where: ExpertOrder,
+        parts: Sequence[list[LoraSpec]],  # of w1, w3 and w2
         *pairs: Tensor | None,
     ) -> Tensor:
         n = 2 * len(parts[0])
@@ -189,7 +164,8 @@ class Experts(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         h, share, token, g, u, low1, low3, low2, *pairs = ctx.saved_tensors
         (w1, w3, w2), n = ctx.products, len(pairs) // 3
-        of, p, dy = (pairs[:n], pairs[n : 2 * n], pairs[2 * n :]), share[:, None].to(h.dtype), dy[token]
+        of = pairs[:n], pairs[n : 2 * n], pairs[2 * n :]
+        p, dy = share[:, None].to(h.dtype), dy[token]
         up = w2.up(dy, of[2])
         e = w2.input_back(dy, up, of[2])
         dg, du, inner = swiglu_backward(e * p, g, u)
@@ -211,13 +187,12 @@ def moe_forward(h: Tensor, scores: Tensor, active: int, experts: Sequence[nn.Mod
     parts, pairs = zip(*map(split_layers, groups))
     return Experts.apply(h, share.flatten()[order], where, parts, *(t for p in pairs for t in p))
 
-# %% ../../nbs/model/41_moe.ipynb #moe-reference
+
 def moe_reference(h: Tensor, share: Tensor, chosen: Tensor, experts: Sequence[nn.Module]) -> Tensor:
     "The same by autograd, expert by expert: what is computed, and what trains whole experts."
     out = torch.zeros_like(h)
     for i, e in enumerate(experts):
         token, rank = torch.where(chosen == i)
-        out = out.index_add(
-            0, token, e.w2(F.silu(e.w1(h[token])) * e.w3(h[token])) * share[token, rank, None].to(h.dtype)
-        )
+        y = e.w2(F.silu(e.w1(h[token])) * e.w3(h[token]))
+        out = out.index_add(0, token, y * share[token, rank, None].to(h.dtype))
     return out

@@ -10,20 +10,12 @@ from typing import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .args import ModelArgs
-from .args import MoeArgs
-from .attention import BlockIndex
-from .attention import packed_attention
-from .attention import block_positions
-from .attention import rope_table
-from .fused import RMSNormFunction
-from .fused import RopeFunction
-from .fused import add_swiglu
-from .fused import add_projection
+from .args import ModelArgs, MoeArgs
+from .attention import BlockIndex, block_positions, packed_attention, rope_table
+from .fused import RMSNormFunction, RopeFunction, add_projection, add_swiglu
 from .fused import norm_projections
 from .moe import moe_forward
 from .quant import Linear
@@ -38,7 +30,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return RMSNormFunction.apply(x, self.weight, self.eps)  # (T, dim)
 
-# %% ../../nbs/model/42_transformer.ipynb #feedforward
+
 class FeedForward(nn.Module):
     "Gated feed-forward."
 
@@ -52,7 +44,7 @@ class FeedForward(nn.Module):
         g, u = norm_projections(x, norm, (self.w1, self.w3))
         return add_swiglu(g, u, x, self.w2)
 
-# %% ../../nbs/model/42_transformer.ipynb #moe
+
 class MoE(nn.Module):
     "A router and its experts in place of one feed-forward."
 
@@ -67,9 +59,8 @@ class MoE(nn.Module):
         return x + moe_forward(h, self.gate(h), self.active, self.experts)
 
 # %% ../../nbs/model/42_transformer.ipynb #block
-Attend = Callable[
-    [int, Tensor, Tensor, Tensor], Tensor
-]  # layer, q (T, heads, D), k and v (T, kv_heads, D) -> (T, heads, D)
+# layer, q (T, heads, D), k and v (T, kv_heads, D) -> (T, heads, D)
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class Attention(nn.Module):
@@ -87,14 +78,12 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, attend: Attend, layer: int
     ) -> Tensor:  # (T, dim)
-        q, k, v = (
-            y.unflatten(-1, (-1, self.head_dim))
-            for y in norm_projections(x, norm, (self.wq, self.wk, self.wv))
-        )  # (T, heads, head_dim)
+        flat = norm_projections(x, norm, (self.wq, self.wk, self.wv))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in flat)  # (T, heads, head_dim)
         out = attend(layer, RopeFunction.apply(q, cos, sin), RopeFunction.apply(k, cos, sin), v)
         return add_projection(out.flatten(-2), x, self.wo)
 
-# %% ../../nbs/model/42_transformer.ipynb #block-code
+
 class Block(nn.Module):
     "One layer."
 
@@ -102,9 +91,8 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         self.attention = Attention(args)
-        self.feed_forward = (
-            MoE(args.dim, args.hidden_dim, args.moe) if args.moe else FeedForward(args.dim, args.hidden_dim)
-        )
+        sizes = args.dim, args.hidden_dim
+        self.feed_forward = MoE(*sizes, args.moe) if args.moe else FeedForward(*sizes)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
@@ -112,7 +100,7 @@ class Block(nn.Module):
         x = self.attention(x, self.attention_norm, cos, sin, attend, self.layer)
         return self.feed_forward(x, self.ffn_norm)
 
-# %% ../../nbs/model/42_transformer.ipynb #model
+# %% ../../nbs/model/42_transformer.ipynb #transformer
 Head = Callable[[Tensor, Tensor], Tensor]  # hidden states (T, dim), output matrix (vocab_size, dim)
 
 
@@ -120,16 +108,15 @@ def all_logits(hidden: Tensor, output: Tensor) -> Tensor:
     "Float32 logits of every position."
     return F.linear(hidden, output.to(hidden.dtype)).float()
 
-# %% ../../nbs/model/42_transformer.ipynb #transformer
+
 class Transformer(nn.Module):
     "Embedding, blocks, norm, output; parameters are named as in Mistral's files."
 
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        table = torch.empty(args.vocab_size, args.dim).uniform_(
-            -(3**0.5), 3**0.5
-        )  # variance 1; normal_ would import much on the meta device
+        table = torch.empty(args.vocab_size, args.dim)
+        table.uniform_(-(3**0.5), 3**0.5)  # variance 1; normal_ would import much on the meta device
         self.tok_embeddings = nn.Embedding(*table.shape, _weight=table)
         self.layers = nn.ModuleList(Block(args, i) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
@@ -156,9 +143,12 @@ class Transformer(nn.Module):
     def packed_hidden(self, ids: Tensor, seqlens: Sequence[int]) -> Tensor:
         "Hidden states of a packed row."
         blocks = BlockIndex.of(seqlens, ids.device)
-        attend = lambda layer, q, k, v: packed_attention(q, k, v, blocks, self.args.sliding_window)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return packed_attention(q, k, v, blocks, self.args.sliding_window)
+
         return self.hidden(ids, block_positions(blocks.seqlens, ids.device), attend)
 
     def forward(self, ids: Tensor, seqlens: Sequence[int], head: Head = all_logits) -> Tensor:
-        "What `head` makes of the hidden states and the output matrix: float32 logits (T, vocab_size), or a loss."
+        "What `head` makes of hidden states and output matrix: float32 logits (T, vocab_size), or a loss"
         return head(self.packed_hidden(ids, seqlens), self.output.weight)
