@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['read_tensors', 'read_ahead', 'checked_tensors', 'read_model', 'ExpertStacks', 'pack_kind', 'shard_empty', 'rows_for',
-           'take_rows', 'Arrival', 'init_model', 'save_model', 'save_tensors', 'sort_metadata', 'load_model',
-           'file_dtype', 'storage_of', 'packed_names', 'names_in', 'weights_digest', 'extend_vocab']
+           'take_rows', 'Arrival', 'init_model', 'save_model', 'save_tensors', 'sort_metadata', 'file_dtype',
+           'storage_of', 'packed_names', 'names_in', 'weights_digest', 'load_model', 'extend_vocab']
 
 # %% ../../nbs/model/44_weights.ipynb #imports
 import hashlib
@@ -256,32 +256,6 @@ def sort_metadata(file: BinaryIO) -> None:
     file.seek(8)
     file.write(text.ljust(size))
 
-# %% ../../nbs/model/44_weights.ipynb #load
-def load_model(
-    folder: str | Path,  # with params.json or config.json, and the weights
-    dtype: torch.dtype | None = None,  # None keeps the file's
-    device: str | torch.device = "cpu",
-    quantize: str = "none",  # storage of the blocks' matrices: none, nf4, fp8, int8
-    place: Callable[[nn.Module], None] | None = None,  # divides the rows among processes, see train.dist
-) -> Transformer:
-    "The frozen model in `folder`; `ModelError` names what is missing or does not fit."
-    args, device = load_model_args(folder), torch.device(device)
-    with torch.device("meta"): model = Transformer(args)
-    wanted = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    matrices = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, Linear)}
-    files, kind = weight_files(folder), storage_of(folder, quantize)
-    stacked = args.moe and device.type != "cpu" and kind == "none" and not place
-    arrive = Arrival(matrices, dtype, device, quantize, ExpertStacks(args) if stacked else None)
-    if place:
-        packed = matrices if quantize != "none" else matrices & packed_names(files)
-        shard_empty(model, place, dict.fromkeys(packed, kind), dtype or file_dtype(folder), device)
-    with nullcontext() if place else read_ahead(files):
-        for name, tensor in checked_tensors(read_model(files, args), wanted, args, folder):
-            if place: tensor = take_rows(tensor, rows_for(model, name))
-            _place(model, name, arrive(name, tensor, f"{folder}: {name}"))
-    if args.tied_embeddings: model.output.weight = model.tok_embeddings.weight
-    return model
-
 # %% ../../nbs/model/44_weights.ipynb #facts
 def file_dtype(folder: str | Path) -> torch.dtype:
     "The type in which the weights are stored; of a packed model, the type that it unpacks to."
@@ -326,6 +300,32 @@ def weights_digest(folder: str | Path, blocks: int = 64, size: int = 4096) -> st
                 f.seek(i * max(0, length - size) // max(1, blocks - 1))
                 found.update(f.read(size))
     return found.hexdigest()
+
+# %% ../../nbs/model/44_weights.ipynb #load
+def load_model(
+    folder: str | Path,  # with params.json or config.json, and the weights
+    dtype: torch.dtype | None = None,  # None keeps the file's
+    device: str | torch.device = "cpu",
+    quantize: str = "none",  # storage of the blocks' matrices: none, nf4, fp8, int8
+    place: Callable[[nn.Module], None] | None = None,  # divides the rows among processes, see train.dist
+) -> Transformer:
+    "The frozen model in `folder`; `ModelError` names what is missing or does not fit."
+    args, device = load_model_args(folder), torch.device(device)
+    with torch.device("meta"): model = Transformer(args)
+    wanted = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    matrices = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, Linear)}
+    files, kind = weight_files(folder), storage_of(folder, quantize)
+    stacked = args.moe and device.type != "cpu" and kind == "none" and not place
+    arrive = Arrival(matrices, dtype, device, quantize, ExpertStacks(args) if stacked else None)
+    if place:
+        packed = matrices if quantize != "none" else matrices & packed_names(files)
+        shard_empty(model, place, dict.fromkeys(packed, kind), dtype or file_dtype(folder), device)
+    with nullcontext() if place else read_ahead(files):
+        for name, tensor in checked_tensors(read_model(files, args), wanted, args, folder):
+            if place: tensor = take_rows(tensor, rows_for(model, name))
+            _place(model, name, arrive(name, tensor, f"{folder}: {name}"))
+    if args.tied_embeddings: model.output.weight = model.tok_embeddings.weight
+    return model
 
 # %% ../../nbs/model/44_weights.ipynb #extend
 def extend_vocab(
