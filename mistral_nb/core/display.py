@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['code_point', 'spell_out', 'reveal_hidden', 'escape', 'one_line', 'short_path', 'safe_text', 'prepare_terminal',
-           'cell_text', 'html_row', 'Table', 'table_as_text', 'Picture']
+           'cell_text', 'html_row', 'Table', 'table_as_text', 'Picture', 'show_error']
 
 # %% ../../nbs/core/00_display.ipynb #imports
 import html
 import io
 import re
 import sys
+import tempfile
+import textwrap
 import unicodedata
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 # %% ../../nbs/core/00_display.ipynb #visible
 _HIDDEN = re.compile(  # seen as nothing, and not of a category that is
@@ -149,3 +151,17 @@ class Picture:
         self.figure.savefig(path)
 
     def __repr__(self) -> str: return "Picture; save(path) writes it"
+
+# %% ../../nbs/core/00_display.ipynb #error
+_EXAMPLE_FOLDER = re.escape(tempfile.gettempdir()) + r"/tmp\w+"
+
+
+def show_error(call: Callable[[], Any], words: str = "") -> None:
+    "Print the error that `call` raises; it must raise one, and its text must hold `words`."
+    try: call()
+    except BaseException as error: text = f"{type(error).__name__}: {error}"
+    else: raise AssertionError(f"no error was raised: {words}")
+    assert words in text, text
+    text = re.sub(_EXAMPLE_FOLDER, "folder", re.sub(_EXAMPLE_FOLDER + "/", "", text))
+    for line in safe_text(text).splitlines():
+        print(textwrap.fill(line, 100, subsequent_indent="  ", break_on_hyphens=False))
