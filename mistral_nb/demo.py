@@ -80,6 +80,8 @@ DEMO_FACTS = [
         ["How do I catch the ferry?", "When should I be at the ferry?"],
     ),
 ]
+
+# %% ../nbs/79_demo.ipynb #chat-row
 WEATHER_TOOL = {
     "type": "function",
     "function": {
@@ -188,7 +190,7 @@ def foreign_talk(rng: random.Random) -> Talk:
         talk.append((asked.format(**facts), said.format(**facts)))
     return talk
 
-# %% ../nbs/79_demo.ipynb #foreign-rows
+# %% ../nbs/79_demo.ipynb #talk-rows
 PRICE_TOOL = {
     "name": "price", "description": "The price of a thing in euros",
     "parameters": {"type": "object", "properties": {"thing": {"type": "string"}}, "required": ["thing"]},
@@ -211,7 +213,7 @@ def ultrachat_row(talk: Talk, i: int) -> dict:
     asked = talk[0][0]
     return {"prompt": asked, "prompt_id": hashlib.sha256(asked.encode()).hexdigest(), "messages": messages}
 
-
+# %% ../nbs/79_demo.ipynb #foreign-rows
 def glaive_row(i: int, thing: str, cents: str, guests: int) -> dict:
     "A row as in Glaive's function calling, with a call in single quotes."
     arguments = f'{{"thing": "{thing}"}}'
@@ -243,7 +245,7 @@ def code_alpaca_row(i: int, thing: str, cents: str) -> dict:
     system = "<<SYS>>\nWrite Python.\n<</SYS>>"
     return {"text": f"<s>[INST] {system}\n\n{asked} [/INST] print({i} * {cents}) </s>"}
 
-# %% ../nbs/79_demo.ipynb #openai-rows
+# %% ../nbs/79_demo.ipynb #openai-pair
 def openai_rows(i: int, thing: str, cents: str, guests: int) -> tuple[dict, dict]:
     "The same talk as OpenAI writes it now, with tools, and wrote it before, with functions."
     function = {"name": "price", "arguments": json.dumps({"thing": thing})}
@@ -263,7 +265,7 @@ def openai_rows(i: int, thing: str, cents: str, guests: int) -> tuple[dict, dict
     tool = {"type": "function", "function": PRICE_TOOL}
     return {"messages": now, "tools": [tool]}, {"messages": before, "functions": [PRICE_TOOL]}
 
-
+# %% ../nbs/79_demo.ipynb #openai-rows
 def foreign_row(i: int, rng: random.Random) -> dict[str, dict]:
     "The `i`-th row of each layout."
     talk, (question, answer), thing = foreign_talk(rng), foreign_talk(rng)[0], rng.choice(MENU_ITEMS)

@@ -81,7 +81,7 @@ def prepare_terminal() -> None:
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {safe_text(message)}\n"
 
-# %% ../../nbs/core/00_display.ipynb #table
+# %% ../../nbs/core/00_display.ipynb #cell
 _TD = "padding:2px 10px;white-space:pre-wrap;border-bottom:1px solid rgba(128,128,128,.25);text-align:"
 
 
@@ -97,7 +97,7 @@ def html_row(cells: Iterable[str], tag: str, align: list[str]) -> str:
     filled = (f'<{tag} style="{_TD}{a}">{cell}</{tag}>' for cell, a in zip(cells, align))
     return "<tr>" + "".join(filled) + "</tr>"
 
-
+# %% ../../nbs/core/00_display.ipynb #table
 @dataclass(frozen=True)
 class Table:
     "Rows under a header; `str()` for a terminal, `_repr_html_` for a notebook."

@@ -74,10 +74,18 @@ def oddity_notes(row: dict) -> set[str]:
         notes |= {f"words that look like {name} markup kept" for name, _, _ in find_marks(text)}
     return notes
 
-# %% ../../nbs/data/19_convert.ipynb #converted
+# %% ../../nbs/data/19_convert.ipynb #passed-keys
 PASSED_KEYS = ("only_last", "reasoning_effort", "settings")  # that training reads, the last two from v15 on
 
 
+def _passed_keys(row: UsedKeys, version: int | None) -> tuple[str, ...]:
+    "The keys of a row that go on to training as they are"
+    if version is not None and version < 15: return PASSED_KEYS[:1]
+    settings = row.thing.get("settings")
+    is_ours = isinstance(settings, dict) and not set(REQUEST_SETTINGS).isdisjoint(settings)
+    return PASSED_KEYS if is_ours else PASSED_KEYS[:2]  # else somebody's notes
+
+# %% ../../nbs/data/19_convert.ipynb #converted
 def _converted(row: UsedKeys, form: Any, how: MessageReader) -> tuple[dict, list[str]]:
     "The row for training of one that fits, and notes"
     notes: list[str] = []
@@ -94,14 +102,6 @@ def _converted(row: UsedKeys, form: Any, how: MessageReader) -> tuple[dict, list
     if row.thing.get("available_tools") == []: out.setdefault("only_last", True)
     _try(out)
     return out, draft.notes + notes
-
-
-def _passed_keys(row: UsedKeys, version: int | None) -> tuple[str, ...]:
-    "The keys of a row that go on to training as they are"
-    if version is not None and version < 15: return PASSED_KEYS[:1]
-    settings = row.thing.get("settings")
-    is_ours = isinstance(settings, dict) and not set(REQUEST_SETTINGS).isdisjoint(settings)
-    return PASSED_KEYS if is_ours else PASSED_KEYS[:2]  # else somebody's notes
 
 
 def _draft(row: UsedKeys, form: Any, how: MessageReader) -> DraftChat | str:
@@ -189,10 +189,7 @@ class Conversion:
 
     def table(self, most: int = 20) -> Table: return conversion_table(self, most)
 
-    def __str__(self) -> str: return str(self.table())
-
-    __repr__ = __str__
-
+    def __repr__(self) -> str: return str(self.table())
     def _repr_html_(self) -> str: return self.table()._repr_html_()
 
 # %% ../../nbs/data/19_convert.ipynb #conversion-table

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SPEAKER_KEYS', 'NOT_MESSAGES', 'NESTED_ROWS', 'TRAIN_KEYS', 'EVAL_KEYS', 'ROWS_KEYS', 'SEPARATORS', 'NULL_WORDS',
            'TEXT_SUFFIXES', 'READABLE_SUFFIXES', 'READ_ERRORS', 'is_conversation', 'is_message', 'rows_of_value',
-           'rows_by_column', 'rows_of_document', 'find_separator', 'quoted_throughout', 'csv_records', 'read_csv',
-           'header_error', 'csv_row', 'read_json_lines', 'rows_of_text', 'read_json', 'read_parquet', 'read_text',
+           'rows_by_column', 'rows_of_document', 'find_separator', 'quoted_throughout', 'csv_records', 'header_error',
+           'csv_row', 'read_csv', 'read_json_lines', 'rows_of_text', 'read_json', 'read_parquet', 'read_text',
            'file_kind', 'read_file', 'files_in']
 
 # %% ../../nbs/data/12_files.ipynb #imports
@@ -176,6 +176,29 @@ def _swallowed(first: int, last: int) -> Iterator[tuple[int, str]]:
     for n in range(first + 1, last + 1):
         yield n, f"it stands behind the quote that line {first} opens and never closes"
 
+# %% ../../nbs/data/12_files.ipynb #csv-row
+def header_error(header: list[str] | str, where: Location) -> SampleError | None:
+    "What is wrong with a header, if anything is."
+    if isinstance(header, str): return SampleError(where, header, code="json")
+    names = [name.strip() for name in header]
+    if error := utf8_error("".join(names), where): return error
+    twice = [name for name, n in Counter(names).items() if n > 1]
+    if not twice: return None
+    return SampleError(where, f"two columns are named {twice[0]!r}", "rename one of them", "json")
+
+
+def csv_row(header: list[str], cells: list[str] | str, where: Location, spaced: bool) -> dict | SampleError:
+    "A record as a row; `cells` is a text if the record is broken."
+    if isinstance(cells, str):
+        return SampleError(where, cells, "write a quote inside a cell twice, in quotes", "json")
+    more = len(cells) - len(header)
+    if more > 0:
+        what = f"the row has {more} more cells than the header"
+        return SampleError(where, what, "quote cells that hold the separator", "json")
+    if error := utf8_error("".join(cells), where): return error
+    if spaced: cells = [cell.strip() for cell in cells]
+    return {name: cell or None for name, cell in zip(header, [*cells, *[None] * -more])}
+
 # %% ../../nbs/data/12_files.ipynb #csv
 NULL_WORDS = set("NULL null NaN nan N/A n/a #N/A NA None <NA>".split())  # as programs write nothing
 
@@ -205,29 +228,6 @@ def read_csv(path: Path, usual: str, notes: Counter) -> Iterator[tuple[Location,
         if not isinstance(cells, str) and not NULL_WORDS.isdisjoint(cells):
             notes["rows with words such as NULL or NaN kept as texts"] += 1
         yield where, csv_row(header, cells, where, spaced)
-
-
-def header_error(header: list[str] | str, where: Location) -> SampleError | None:
-    "What is wrong with a header, if anything is."
-    if isinstance(header, str): return SampleError(where, header, code="json")
-    names = [name.strip() for name in header]
-    if error := utf8_error("".join(names), where): return error
-    twice = [name for name, n in Counter(names).items() if n > 1]
-    if not twice: return None
-    return SampleError(where, f"two columns are named {twice[0]!r}", "rename one of them", "json")
-
-
-def csv_row(header: list[str], cells: list[str] | str, where: Location, spaced: bool) -> dict | SampleError:
-    "A record as a row; `cells` is a text if the record is broken."
-    if isinstance(cells, str):
-        return SampleError(where, cells, "write a quote inside a cell twice, in quotes", "json")
-    more = len(cells) - len(header)
-    if more > 0:
-        what = f"the row has {more} more cells than the header"
-        return SampleError(where, what, "quote cells that hold the separator", "json")
-    if error := utf8_error("".join(cells), where): return error
-    if spaced: cells = [cell.strip() for cell in cells]
-    return {name: cell or None for name, cell in zip(header, [*cells, *[None] * -more])}
 
 # %% ../../nbs/data/12_files.ipynb #read-json
 def read_json_lines(path: Path) -> Iterator[tuple[Location, Any]]:

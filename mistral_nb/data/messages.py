@@ -83,6 +83,25 @@ class UnreadableCallError(RefusedRowError):
 
     def __reduce__(self): return RefusedRowError, (self.what, self.detail)
 
+# %% ../../nbs/data/17_messages.ipynb #answer-parts
+def _untrained_flags(m: UsedKeys, role: str) -> list[str]:
+    "A note for each flag of training on a message that is no answer"
+    found = [key for key in TRAIN_FLAGS if key in m.thing]
+    m.read.update(found)
+    return [f"{key} of a {role} message left out: only answers are trained" for key in found]
+
+
+def _answer(out: dict, m: UsedKeys, how: MessageReader, tools: list[dict], notes: list[str]) -> None:
+    "What only an answer has: thoughts, a refusal, calls, a weight"
+    out["content"] = add_thoughts(m, out["content"], how.thinks, notes)
+    if is_blank(out["content"]) and isinstance(refusal := m.thing.get("refusal"), str) and refusal.strip():
+        out["content"] = m.get("refusal")
+        notes.append("a refusal taken as the answer")
+    calls = normalize_calls(m.get("tool_calls"), how.ids, tools, notes)
+    calls = calls or normalize_calls(m.get("function_call"), how.ids, tools, notes)
+    if calls: out["tool_calls"] = calls
+    if (weight := answer_weight(m, notes)) is not None: out["weight"] = weight
+
 # %% ../../nbs/data/17_messages.ipynb #message
 EMPTY_VALUES = dict(  # values that say nothing
     name=(None,), tool_call_id=(None,), tool_calls=(None, [], ""), function_call=(None, ""),
@@ -112,25 +131,6 @@ def normalize_message(value: Any, how: MessageReader, tools: list[dict], notes: 
     m.read |= {k for k, empty in EMPTY_VALUES.items() if m.thing.get(k) in empty}
     notes += m.left()
     return out
-
-
-def _untrained_flags(m: UsedKeys, role: str) -> list[str]:
-    "A note for each flag of training on a message that is no answer"
-    found = [key for key in TRAIN_FLAGS if key in m.thing]
-    m.read.update(found)
-    return [f"{key} of a {role} message left out: only answers are trained" for key in found]
-
-
-def _answer(out: dict, m: UsedKeys, how: MessageReader, tools: list[dict], notes: list[str]) -> None:
-    "What only an answer has: thoughts, a refusal, calls, a weight"
-    out["content"] = add_thoughts(m, out["content"], how.thinks, notes)
-    if is_blank(out["content"]) and isinstance(refusal := m.thing.get("refusal"), str) and refusal.strip():
-        out["content"] = m.get("refusal")
-        notes.append("a refusal taken as the answer")
-    calls = normalize_calls(m.get("tool_calls"), how.ids, tools, notes)
-    calls = calls or normalize_calls(m.get("function_call"), how.ids, tools, notes)
-    if calls: out["tool_calls"] = calls
-    if (weight := answer_weight(m, notes)) is not None: out["weight"] = weight
 
 # %% ../../nbs/data/17_messages.ipynb #join-results
 def join_results(results: list[dict]) -> dict:

@@ -133,7 +133,7 @@ class Chat:
         "Answers to single questions, in one batch, outside of the history"
         return single_answers(self, questions, tuned)
 
-# %% ../../nbs/infer/47_chat.ipynb #chat-parts
+# %% ../../nbs/infer/47_chat.ipynb #history
 def encode_history(
     messages: list, tokenizer: Tokenizer, system_prompt: str | None, tools: list | None
 ) -> list[int]:
@@ -149,7 +149,7 @@ def options_of(chat: Chat) -> dict[str, Any]:
     names = ("max_tokens", "temperature", "top_p", "seed")
     return {name: getattr(chat, name) for name in names} | {"stop": chat.tokenizer.base.eos_id}
 
-
+# %% ../../nbs/infer/47_chat.ipynb #chat-parts
 def answer_ids(chat: Chat, tuned: bool) -> Iterator[int]:
     "The ids of the model's turn, its end included."
     prompt = chat.prompt(chat.messages)

@@ -100,7 +100,7 @@ class Block(nn.Module):
         x = self.attention(x, self.attention_norm, cos, sin, attend, self.layer)
         return self.feed_forward(x, self.ffn_norm)
 
-# %% ../../nbs/model/42_transformer.ipynb #transformer
+# %% ../../nbs/model/42_transformer.ipynb #head
 Head = Callable[[Tensor, Tensor], Tensor]  # hidden states (T, dim), output matrix (vocab_size, dim)
 
 
@@ -108,7 +108,7 @@ def all_logits(hidden: Tensor, output: Tensor) -> Tensor:
     "Float32 logits of every position."
     return F.linear(hidden, output.to(hidden.dtype)).float()
 
-
+# %% ../../nbs/model/42_transformer.ipynb #transformer
 class Transformer(nn.Module):
     "Embedding, blocks, norm, output; parameters are named as in Mistral's files."
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_job', 'write_job', 'JobFolder', 'state_of', 'raise_failure', 'PlainText', 'read_log', 'Job', 'describe_job',
-           'attach', 'follow_job', 'wait_for', 'result_of', 'ask_to_stop', 'wait_until_ended', 'stop_job',
+           'attach', 'result_of', 'follow_job', 'wait_for', 'ask_to_stop', 'wait_until_ended', 'stop_job',
            'processes_of', 'kill_job']
 
 # %% ../../nbs/notebook/83_job.ipynb #imports
@@ -169,7 +169,7 @@ class Job:
     def __repr__(self) -> str: return describe_job(self)
     def _repr_html_(self) -> str: return f"<code>{escape(repr(self))}</code>"
 
-
+# %% ../../nbs/notebook/83_job.ipynb #attach
 def describe_job(job: Job) -> str:
     "Where a job stands, in one line."
     last, n, nodes = job.last, job.job["nproc_per_node"], job.job["nnodes"]
@@ -181,6 +181,16 @@ def describe_job(job: Job) -> str:
 def attach(run_dir: str | Path) -> Job:
     "The job that was launched in `run_dir`, by whichever kernel, running or not."
     return Job(run_dir)
+
+# %% ../../nbs/notebook/83_job.ipynb #result
+def result_of(job: Job) -> Path:
+    "The adapter's file, or the merged weights, of a finished or stopped job; `JobFailedError` of any other."
+    if job.state == "failed": raise_failure(job.facts)
+    if job.alive: raise JobFailedError(f"{job.run_dir} is still running: wait() returns when it is done")
+    if not job.checkpoint: raise JobFailedError(f"{job.run_dir} has no checkpoint")
+    found = job.checkpoint / "consolidated"
+    files = [found / name for name in ("lora.safetensors", "consolidated.safetensors")]
+    return next((file for file in files if file.exists()), found)
 
 # %% ../../nbs/notebook/83_job.ipynb #follow
 def follow_job(job: Job) -> Iterator[StepLog]:
@@ -221,17 +231,7 @@ def wait_for(job: Job) -> History:
     history.checkpoint = job.checkpoint
     return history
 
-
-def result_of(job: Job) -> Path:
-    "The adapter's file, or the merged weights, of a finished or stopped job; `JobFailedError` of any other."
-    if job.state == "failed": raise_failure(job.facts)
-    if job.alive: raise JobFailedError(f"{job.run_dir} is still running: wait() returns when it is done")
-    if not job.checkpoint: raise JobFailedError(f"{job.run_dir} has no checkpoint")
-    found = job.checkpoint / "consolidated"
-    files = [found / name for name in ("lora.safetensors", "consolidated.safetensors")]
-    return next((file for file in files if file.exists()), found)
-
-# %% ../../nbs/notebook/83_job.ipynb #end
+# %% ../../nbs/notebook/83_job.ipynb #ask
 def ask_to_stop(job: Job) -> None:
     "Leave the file that asks a job to save and stop."
     if job.run_dir.is_dir(): return stop_file(job.run_dir).touch()
@@ -246,7 +246,7 @@ def wait_until_ended(job: Job, seconds: float) -> bool:
     while job.alive and time.time() < until: time.sleep(0.1)
     return not job.alive
 
-
+# %% ../../nbs/notebook/83_job.ipynb #end
 def stop_job(job: Job, patience: float = 120.0) -> Job:
     "Have a job save and end, at the latest `patience` seconds from now; a job that does not is killed."
     if not job.alive: return job

@@ -184,7 +184,7 @@ class MultiNodeJob:
         if done.returncode == 0: return done.stdout.strip()
         raise JobFailedError(f"sbatch refused {file}: {done.stderr.strip() or done.stdout.strip()}")
 
-
+# %% ../../nbs/notebook/84_launch.ipynb #slurm
 def slurm_script(job: MultiNodeJob, time: str, options: dict[str, str | int]) -> PlainText:
     "The script of a job for `sbatch`; five minutes before its time is up the job saves and ends."
     folder = job.run_dir / "launch"

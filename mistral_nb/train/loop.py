@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['one_step', 'measured', 'evaluate', 'begin_save', 'last_saved', 'save', 'opened', 'take_folder', 'watch_for_hangs',
-           'why_stop', 'is_due', 'steps', 'is_unsaved', 'stopped', 'Trainer', 'go_on']
+           'why_stop', 'is_due', 'steps', 'is_unsaved', 'stopped', 'go_on', 'Trainer']
 
 # %% ../../nbs/train/75_loop.ipynb #imports
 import math
@@ -205,6 +205,15 @@ def stopped(run: Session, why: str, log: RunLog) -> Interrupted:
     if run.ranks.main: record_stop(run.args.run_dir, why)
     return Interrupted(run.step, saved, why)
 
+# %% ../../nbs/train/75_loop.ipynb #go-on
+def go_on(run: Session) -> None:
+    "Take a run to its newest checkpoint; a run that broke off inside a step must have one."
+    run.args, newest = find_start(run.args, run.ranks)
+    broke_off = f"this trainer ended inside step {run.step + 1}, and {run.args.run_dir} has no checkpoint"
+    if run.inside and not newest: raise CheckpointError(f"{broke_off}: make a new Trainer")
+    if newest: restore(run, newest)
+    run.begun, run.inside = True, False
+
 # %% ../../nbs/train/75_loop.ipynb #trainer
 class Trainer(SessionParts):
     "A run: `Trainer(args)`, then `fit()`, or `for step in trainer.steps()`."
@@ -243,12 +252,3 @@ class Trainer(SessionParts):
     def __repr__(self) -> str: return str(run_table(self.run))
 
     def _repr_html_(self) -> str: return run_table(self.run)._repr_html_()
-
-
-def go_on(run: Session) -> None:
-    "Take a run to its newest checkpoint; a run that broke off inside a step must have one."
-    run.args, newest = find_start(run.args, run.ranks)
-    broke_off = f"this trainer ended inside step {run.step + 1}, and {run.args.run_dir} has no checkpoint"
-    if run.inside and not newest: raise CheckpointError(f"{broke_off}: make a new Trainer")
-    if newest: restore(run, newest)
-    run.begun, run.inside = True, False
