@@ -276,7 +276,6 @@ def kill_job(job: Job) -> Job:
     members = processes_of(job)
     send_signal(members, signal.SIGKILL)
     if members and job.folder.is_dir(): (job.folder / "killed").touch()  # by this hand, so it did not fail
-    while any(map(process_id, members)):
-        if job.process: job.process.poll()
-        time.sleep(0.05)
+    while any(map(process_id, members)): time.sleep(0.05)
+    if job.process: job.process.poll()  # takes its exit code, so that it does not stay behind
     return job
