@@ -482,7 +482,7 @@ def test_only_here(kind, home, tmp_path):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         lora = dict(rank=2) | ADAPTERS[kind]
-        trainer = Trainer(settings(home, tmp_path / "run", lora=lora, dtype="float32"))
+        trainer = Trainer(settings(home, tmp_path / "run", lora=lora, dtype="float32", device="cpu"))
     assert sum(said in str(w.message) for w in seen) == (kind != "plain")
     folder = trainer.fit().checkpoint / "consolidated"
     state, params = load_file(folder / "lora.safetensors"), json.loads((folder / "params.json").read_text())
