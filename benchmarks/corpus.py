@@ -1,8 +1,9 @@
-"""Fresh text for benchmarks: prose, code, chats and tool conversations in which hardly five words in a row ever come twice.
+"""Fresh text for benchmarks: prose, code, chats, tool conversations; hardly five words in a row come twice.
 
-Words follow Zipf's law over English function words, the words that Mistral's vocabulary holds, in the order of their frequency, and invented ones, and
-some are made on the spot: as in real prose, about four bytes make a token, and neither a cache of words nor one of sentences does better here than on real
-data. Everything is a function of its random generator alone."""
+Words follow Zipf's law over English function words, the words that Mistral's vocabulary holds, in
+the order of their frequency, and invented ones, and some are made on the spot: as in real prose,
+about four bytes make a token, and neither a cache of words nor one of sentences does better here
+than on real data. Everything is a function of its random generator alone."""
 import base64
 import json
 import random
@@ -21,24 +22,30 @@ NEW, UNICODE, NUMBER = (
 
 FUNCTION = list(
     dict.fromkeys(
-        """the of and to in a is that for it as was with be by on not he his but at are this have from or had an they which
-one you were her all she there would their we him been has when who will more no if out so said what up its about into than them can only other new
-some could time these two may then do first any my now such like our over man me even most made after also did many before must through back years
-where much your way well down should because each just those people how too little state good very make world still own see men work long get here
-between both life being under never day same another know while last might us great old year off come since against go came right used take three
-states himself few house use during without again place around however home small found thought went say part once general high upon school every
-until almost always began often together important since four side feet second enough took head above kind page need far began idea story whether
-several why let night watch seem really hard near start plan example answer question please thank yes""".split()
+        """the of and to in a is that for it as was with be by on not he his but at are this have from or had
+    an they which one you were her all she there would their we him been has when who will more no
+    if out so said what up its about into than them can only other new some could time these two may
+    then do first any my now such like our over man me even most made after also did many before
+    must through back years where much your way well down should because each just those people how
+    too little state good very make world still own see men work long get here between both life
+    being under never day same another know while last might us great old year off come since
+    against go came right used take three states himself few house use during without again place
+    around however home small found thought went say part once general high upon school every until
+    almost always began often together important since four side feet second enough took head above
+    kind page need far began idea story whether several why let night watch seem really hard near
+    start plan example answer question please thank yes""".split()
     )
 )
 
-SYLLABLES = """al am an ar as at ba bel ber bi bo bra cal can car cen cha che cli co col com con cor cro da de del den der di dis do dra el em en
-er es ex fa fer fi fin flo for fra ga gan ger gi gra har hel ho il im in ins jan ju ka ken la lan le lem len li lin lo lu ma man mar me mel men
-mer mi min mis mo mon mor mu na ne ner ni no nor o ob or pa pan par pe pen per pi pla po por pre pri pro qua ra ran re ren res ri ro ru sa san
-sca se sen ser si sil so sol spe sta ster stra su sub ta tal tan te tel tem ten ter ti tin to tor tra tran tri tu tur u ul un va val ven ver vi
-vo wa wel wi win""".split()
-ENDINGS = """ck d l ld m n nd ne nt p r rd re rk rm rt s se sh st t te th ve x s s ed ed er es ing ing ing ion tion al ly ly ist ity ment ness
-able ous ic ive ation y y e o a""".split()
+SYLLABLES = """al am an ar as at ba bel ber bi bo bra cal can car cen cha che cli co col com con cor cro da
+    de del den der di dis do dra el em en er es ex fa fer fi fin flo for fra ga gan ger gi
+    gra har hel ho il im in ins jan ju ka ken la lan le lem len li lin lo lu ma man mar me
+    mel men mer mi min mis mo mon mor mu na ne ner ni no nor o ob or pa pan par pe pen per
+    pi pla po por pre pri pro qua ra ran re ren res ri ro ru sa san sca se sen ser si sil so
+    sol spe sta ster stra su sub ta tal tan te tel tem ten ter ti tin to tor tra tran tri tu
+    tur u ul un va val ven ver vi vo wa wel wi win""".split()
+ENDINGS = """ck d l ld m n nd ne nt p r rd re rk rm rt s se sh st t te th ve x s s ed ed er es ing ing ing ion
+    tion al ly ly ist ity ment ness able ous ic ive ation y y e o a""".split()
 ACCENTS = str.maketrans("aeiouncs", "áèïôüñçš")
 CYRILLIC = "абвгдежзиклмнопрстуфхцчшыюя"
 ENDS = "..........??!:"
@@ -185,7 +192,8 @@ def python_line(rng: random.Random, names: list[str]) -> tuple[str, int]:
     a, b, kind = *rng.choices(names, k=2), int(rng.random() * 14)
     if kind == 0:
         return (
-            f"def {a}({b}: {rng.choice(('int', 'str', 'list[float]', 'dict'))}, {word(rng)}={rng.randrange(10)}):",
+            f"def {a}({b}: {rng.choice(('int', 'str', 'list[float]', 'dict'))}, "
+            f"{word(rng)}={rng.randrange(10)}):",
             1,
         )
     if kind == 1: return f"if {a} {rng.choice(('==', '<', 'not in', 'is not', '>='))} {value(rng, names)}:", 1
@@ -320,7 +328,7 @@ def result(rng: random.Random) -> str:
         name(rng): rng.choice(("string", "string", "integer", "number", "boolean"))
         for _ in range(rng.randint(2, 5))
     }
-    item = lambda: {k: datum(rng, kind) for k, kind in kinds.items()}
+    def item(): return {k: datum(rng, kind) for k, kind in kinds.items()}
     out = (
         {"results": [item() for _ in range(rng.randint(2, 4))], "total": rng.randrange(100)}
         if rng.random() < 0.25

@@ -1,6 +1,9 @@
-"""LoRA steps at real sizes on a CUDA GPU: speed, memory against the plan, kernels, peers, and the parts of a step. Weights and documents are random; nothing is written.
+"""LoRA steps at real sizes on a CUDA GPU: speed, memory against the plan, kernels, peers, parts of a step.
 
-Every case is a process of its own with a time limit, which prints one line of JSON; a case that runs out of memory or time is shown as such and the next one begins."""
+Weights and documents are random; nothing is written.
+
+Every case is a process of its own with a time limit, which prints one line of JSON; a case that runs out of
+memory or time is shown as such and the next one begins."""
 import argparse
 import json
 import os
@@ -202,7 +205,7 @@ def matmul_ceiling(tiny: bool) -> float:
     for n in (256,) if tiny else (8192, 16384):
         a, b = (torch.randn(n, n, device=device(), dtype=dtype_here()) for _ in range(2))
         out = torch.empty_like(a)
-        run = lambda times: [torch.mm(a, b, out=out) for _ in range(times)]
+        def run(times): return [torch.mm(a, b, out=out) for _ in range(times)]
         run(3)
         times = max(3, int((0.05 if tiny else 1.0) / max(seconds(partial(run, 3)) / 3, 1e-6)))
         best = max(best, 2 * n**3 * times / seconds(partial(run, times)))
@@ -229,14 +232,17 @@ def machine(tiny: bool) -> dict:
             timeout=20,
         ).stdout.strip()
     except (OSError, subprocess.TimeoutExpired): driver = ""
-    what = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, capability {gpu.major}.{gpu.minor}, driver {driver or 'unknown'}, CUDA {torch.version.cuda}"
+    what = (
+        f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, capability {gpu.major}.{gpu.minor}, "
+        f"driver {driver or 'unknown'}, CUDA {torch.version.cuda}"
+    )
     return dict(cuda=True, name=what, ceiling=matmul_ceiling(tiny), dtype=str(dtype_here()))
 
 
 def measured(step: Callable[[], float], steps: int, profile: bool) -> dict:
     "A first step, a warm-up, then `steps` timed ones; `profile` runs another."
     losses: list[float] = []
-    once = lambda: losses.append(step())
+    def once(): return losses.append(step())
     first, _ = seconds(once), seconds(once)
     out = dict(first=first, seconds=median(seconds(once) for _ in range(steps)), loss=losses[0])
     return out | peak() | (dict(kernels=kernels(once)) if profile else {})
@@ -251,11 +257,12 @@ def kernels(run: Callable[[], Any], top: int = 25) -> list[list]:
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:
         run()
         sync()
-    clock = lambda e: (
-        getattr(e, "self_device_time_total", getattr(e, "self_cuda_time_total", 0))
-        if cuda
-        else e.self_cpu_time_total
-    )
+    def clock(e):
+        return (
+            getattr(e, "self_device_time_total", getattr(e, "self_cuda_time_total", 0))
+            if cuda
+            else e.self_cpu_time_total
+        )
     events = [
         e
         for e in found.key_averages()
@@ -430,7 +437,10 @@ def tera(operations: float, run: Callable[[], Any]) -> float:
     return operations / usual(run) / 1e12
 
 
-@part("attention, 32 query and 8 key heads of 128", "documents", "way", "forward ms", "TFLOP/s", "backward ms", "TFLOP/s ", "apart from loop")
+@part(
+    "attention, 32 query and 8 key heads of 128",
+    "documents", "way", "forward ms", "TFLOP/s", "backward ms", "TFLOP/s ", "apart from loop",
+)
 def attention(tiny: bool) -> Iterator[list]:
     "Both ways, at many documents and at one; gradients against the loop's."
     import torch
@@ -451,7 +461,7 @@ def attention(tiny: bool) -> Iterator[list]:
             def cells() -> list:
                 with torch.no_grad(): ahead = usual(lambda: way(q, k, v, blocks))
                 y = way(q, k, v, blocks)
-                back = lambda: torch.autograd.grad(y, (q, k, v), up, retain_graph=True)
+                def back(): return torch.autograd.grad(y, (q, k, v), up, retain_graph=True)
                 behind = usual(back)
                 seen.append([y.detach(), *back()])
                 apart = max(
@@ -464,7 +474,11 @@ def attention(tiny: bool) -> Iterator[list]:
             yield [f"{len(seqlens)} in {tokens:,}", name, *tried(cells, 5)]
 
 
-@part("products, TFLOP/s; fp8 with rounding of the other factor, and with that done before; nf4 with unpacking", "matrix", "in", "out", "tokens", "16 bit", "back", "fp8", "fp8, rounded before", "fp8 back", "nf4", "nf4 back")
+@part(
+    "products, TFLOP/s; fp8 with rounding of the other factor, and with that done before; nf4 with unpacking",
+    "matrix", "in", "out", "tokens", "16 bit", "back", "fp8", "fp8, rounded before", "fp8 back", "nf4",
+    "nf4 back",
+)
 def products(tiny: bool) -> Iterator[list]:
     "The matrices of a block in each storage, forward and back, and the output matrix."
     import torch
@@ -495,7 +509,11 @@ def products(tiny: bool) -> Iterator[list]:
         yield [name, i, o, tokens, *row]
 
 
-@part("loss of 32,768 positions, half of them trained, dim 5120, vocabulary 131,072, with the gradient of the input", "way", "ms", "extra peak GiB", "loss")
+@part(
+    "loss of 32,768 positions, half of them trained, dim 5120, vocabulary 131,072, "
+    "with the gradient of the input",
+    "way", "ms", "extra peak GiB", "loss",
+)
 def loss(tiny: bool) -> Iterator[list]:
     "Ours, plain, and other packages' where they are."
     import torch
@@ -532,7 +550,10 @@ def loss(tiny: bool) -> Iterator[list]:
         yield [name, *tried(cells, 3)]
 
 
-@part("experts: one matrix of each of 8, 16 bit, rank 64, forward, gradient of the rows and of the adapter", "matrix", "rows", "way", "ms", "TFLOP/s", "extra peak GiB", "apart from loop")
+@part(
+    "experts: one matrix of each of 8, 16 bit, rank 64, forward, gradient of the rows and of the adapter",
+    "matrix", "rows", "way", "ms", "TFLOP/s", "extra peak GiB", "apart from loop",
+)
 def experts(tiny: bool) -> Iterator[list]:
     "One product for all experts against one after the other, rows spread evenly and unevenly."
     import torch
@@ -584,7 +605,10 @@ def experts(tiny: bool) -> Iterator[list]:
             yield [f"{name}, {'even' if even else 'half to one'}", rows, way, *row]
 
 
-@part("elementwise pieces, GB/s of what must be read and written", "piece", "size", "plain", "compiled", "x", "ms compiled")
+@part(
+    "elementwise pieces, GB/s of what must be read and written",
+    "piece", "size", "plain", "compiled", "x", "ms compiled",
+)
 def pieces(tiny: bool) -> Iterator[list]:
     "The functions between the products, as written and compiled."
     import torch
@@ -601,7 +625,7 @@ def pieces(tiny: bool) -> Iterator[list]:
         (fused.rms_norm_backward, (dy, x, w, r)), (fused.fused_rope, (q, *table)), (fused.swiglu, (g, u)),
         (fused.swiglu_backward, (dh, g, u)), (fp8_rows, (x,)),
     ]
-    size = lambda ts: sum(t.numel() * t.element_size() for t in ts if isinstance(t, torch.Tensor))
+    def size(ts): return sum(t.numel() * t.element_size() for t in ts if isinstance(t, torch.Tensor))
     for made, args in calls:
         if not isinstance(made, fused.compiled):
             made = fused.compiled(made)  # the package runs it as written: what it could be
@@ -726,7 +750,10 @@ def steps(options: argparse.Namespace, facts: dict, models: list[str]) -> dict[t
             " ".join(map(str, case)), "step", **given, steps=options.steps, profile=options.profile,
             memory_gib=options.memory_gib,
         )
-    head = "model,storage,tokens,micro,recomputed,first s,s/step,tokens/s,MFU,peak GiB,held GiB,planned GiB,loss,predicted tokens/s,remark".split(
+    head = (
+        "model,storage,tokens,micro,recomputed,first s,s/step,tokens/s,MFU,"
+        "peak GiB,held GiB,planned GiB,loss,predicted tokens/s,remark"
+    ).split(
         ","
     )
     rows = []
@@ -745,7 +772,8 @@ def steps(options: argparse.Namespace, facts: dict, models: list[str]) -> dict[t
     print(
         Table(
             head, rows,
-            title="this package; the first step compiles, later cases find that done; predictions are for one H200",
+            title="this package; the first step compiles, later cases find that done; "
+            "predictions are for one H200",
             width=100,
         )
     )
@@ -801,7 +829,10 @@ def peers(options: argparse.Namespace, facts: dict, models: list[str], ours: dic
             rows[-1][-1] += (
                 f" the first losses of {m} at {t} differ: not all peers keep packed documents apart"
             )
-    head = "model,tokens,way,attention,positions,first s,s/step,tokens/s,MFU,ours x faster,peak GiB,held GiB,loss,remark".split(
+    head = (
+        "model,tokens,way,attention,positions,first s,s/step,tokens/s,MFU,ours x faster,"
+        "peak GiB,held GiB,loss,remark"
+    ).split(
         ","
     )
     print(
@@ -809,7 +840,8 @@ def peers(options: argparse.Namespace, facts: dict, models: list[str], ours: dic
         + str(
             Table(
                 head, rows,
-                title="transformers + peft, 16-bit base; padding is not counted as tokens; ours x faster: against storage none",
+                title="transformers + peft, 16-bit base; padding is not counted as tokens; "
+                "ours x faster: against storage none",
                 width=100,
             )
         )
@@ -909,8 +941,9 @@ def main() -> int:
     models = options.models or (["tiny", "tiny-moe"] if options.tiny else ["mistral", "nemo", "mixtral"])
     size = SHAPES[models[0]]
     print(
-        f"{facts['dtype'].removeprefix('torch.')}; square products sustain {facts['ceiling'] / 1e12:,.4g} TFLOP/s, which is MFU 1; LoRA rank {size.rank} on all matrices, "
-        f"documents of {size.mean:.0f} tokens on average, half of them trained; median of {options.steps} steps\n",
+        f"{facts['dtype'].removeprefix('torch.')}; square products sustain {facts['ceiling'] / 1e12:,.4g} "
+        f"TFLOP/s, which is MFU 1; LoRA rank {size.rank} on all matrices, documents of {size.mean:.0f} "
+        f"tokens on average, half of them trained; median of {options.steps} steps\n",
         flush=True,
     )
     found = []

@@ -31,9 +31,9 @@ def make(folder: Path, layers: int, tiny: bool) -> int:
     pool = (
         torch.randn(1 << 24).mul_(0.02).bfloat16()
     )  # one stretch of noise, repeated: only its size matters here
-    group = lambda name: name.split(".")[1] if name.startswith("layers.") else "rest"
+    def group(name): return name.split(".")[1] if name.startswith("layers.") else "rest"
     for i, key in enumerate(sorted({group(n) for n in shapes})):
-        fill = lambda s: pool.repeat(-(-s.numel() // len(pool)))[: s.numel()].view(s)
+        def fill(s): return pool.repeat(-(-s.numel() // len(pool)))[: s.numel()].view(s)
         save_file(
             {n: fill(s) for n, s in shapes.items() if group(n) == key},
             folder / f"consolidated.{i:02}.safetensors",

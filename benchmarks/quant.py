@@ -8,9 +8,17 @@ from pathlib import Path
 
 KINDS = ("none", "int8", "fp8", "nf4")
 WANTED = 0.02
-NAMES = "Ada Bo Cy Dot Eve Flo Gus Hal Ida Joe Kim Lou Max Ned Ola Pam Quinn Ray Sue Tom Una Vic Wes Xan Yul Zoe".split()
-PLACES = "Bergen Cork Delft Evora Faro Genoa Hobart Izmir Jaffa Kotor Lagos Malmo Nice Oslo Porto Quito Riga Split Turin Vaasa".split()
-GOODS = "apples bread cloth dates eggs figs grain honey iron jam kelp lamps maps nails oats pears quilts rope salt tea".split()
+NAMES = (
+    "Ada Bo Cy Dot Eve Flo Gus Hal Ida Joe Kim Lou Max Ned Ola Pam Quinn Ray Sue Tom Una Vic Wes Xan Yul Zoe"
+).split()
+PLACES = (
+    "Bergen Cork Delft Evora Faro Genoa Hobart Izmir Jaffa Kotor "
+    "Lagos Malmo Nice Oslo Porto Quito Riga Split Turin Vaasa"
+).split()
+GOODS = (
+    "apples bread cloth dates eggs figs grain honey iron jam "
+    "kelp lamps maps nails oats pears quilts rope salt tea"
+).split()
 
 
 def rows(n: int, seed: int) -> list[dict]:

@@ -12,6 +12,8 @@ from threading import Event, Thread
 
 from load import forget, make
 
+from mistral_nb.core.display import Table
+
 TRAIN = dict(
     dim=512, n_layers=4, head_dim=64, hidden_dim=1408, n_heads=8, n_kv_heads=2, norm_eps=1e-5,
     vocab_size=32768,
@@ -139,75 +141,78 @@ def launched(n: int, *what: str) -> dict | list:
     return json.loads(done.stdout.rpartition("found ")[2])
 
 
+def mib(n: float) -> float: return round(n / 2**20, 1)
+
+
+def measure_loading(options: argparse.Namespace, folder: Path) -> bool:
+    "Print what loading takes on each number of processes; whether memory falls as theory says."
+    ok, rows = True, []
+    size = make(folder, 2 if options.tiny else options.layers, options.tiny)
+    for kind in options.kinds:
+        for n in options.processes:
+            forget(folder)
+            ranks = launched(n, "load", str(folder), kind)
+            worst = {k: max(r[k] for r in ranks) for k in ranks[0]}
+            sizes = (mib(worst[k]) for k in ("held", "own", "mapped"))
+            rows.append([kind, n, *sizes, round(worst["seconds"], 1)])
+        first, last = rows[-len(options.processes)], rows[-1]  # kind, processes, held, own
+        ok &= options.tiny or last[2] < 1.01 * first[2] * first[1] / last[1] and last[3] < last[2] + WORK
+    head = ["matrices", "processes", "held MiB", "own peak MiB", "of the file MiB", "seconds"]
+    print(Table(head, rows, title=f"loading {size / 1e9:.2f} GB of bf16 weights, the largest of all ranks"))
+    return ok
+
+
+def measure_steps(options: argparse.Namespace, work: Path) -> bool:
+    "Print the bytes that processes exchange in a step; whether they are those of theory."
+    ok, rows = True, []
+    prepare(work, options.tiny)
+    for n in options.processes[1:]:
+        for placement in ("replicate", "shard"):
+            r = launched(n, "steps", str(work), placement, "8" if options.tiny else str(options.adapter))
+            for kind, wanted in r["theory"].items():
+                counted = r["counted"].get(kind, 0)
+                ratio = counted / wanted
+                rows.append([f"{placement} on {n}", kind, mib(counted), mib(wanted), round(ratio, 4)])
+                ok &= 0.999 < ratio < 1.001
+    head = ["placement", "collective", "MiB in a step", "theory", "ratio"]
+    print("\n", Table(head, rows, title="bytes that are put together or added up in a step"), sep="")
+    print(
+        f"\na checkpoint of {r['bytes'] / 2**20:,.0f} MiB: training waits {r['waits']:.2f} s, "
+        f"it is on the disk after {r['whole']:.2f} s "
+        f"({r['bytes'] / 2**30 / r['waits']:.1f} GiB copied per second of waiting)"
+    )
+    return ok
+
+
+def parse() -> argparse.Namespace:
+    "The options."
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--layers", type=int, default=8, help="of a 7B shape that is loaded: 8 take 4 GB on disk")
+    add("--processes", type=int, nargs="*", default=[1, 2, 4])
+    add("--kinds", nargs="*", default=["none", "nf4"])
+    add("--adapter", type=int, default=256, help="rank of the adapter whose checkpoint is written")
+    add("--folder", default=None, help="where to make the model; a temporary folder by default")
+    add("--tiny", action="store_true", help="a quick smoke run")
+    add("--rank", nargs="+", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def one_rank(what: str, folder: str, *more: str) -> None:
+    "Be one of the processes that `launched` starts."
+    found = load(Path(folder), *more) if what == "load" else steps(Path(folder), more[0], int(more[1]))
+    if found: print("found", json.dumps(found))
+    from mistral_nb.train import faults
+    faults.exit_process(0)
+
+
 def main() -> None:
     "Measure and print the tables."
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--layers", type=int, default=8, help="of a 7B shape that is loaded: 8 take 4 GB on disk"
-    )
-    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2, 4])
-    parser.add_argument("--kinds", nargs="*", default=["none", "nf4"])
-    parser.add_argument(
-        "--adapter", type=int, default=256, help="rank of the adapter whose checkpoint is written"
-    )
-    parser.add_argument(
-        "--folder", default=None, help="where to make the model; a temporary folder by default"
-    )
-    parser.add_argument("--tiny", action="store_true", help="a quick smoke run")
-    parser.add_argument("--rank", nargs="+", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.rank:
-        what, folder, *more = options.rank
-        found = load(Path(folder), *more) if what == "load" else steps(Path(folder), more[0], int(more[1]))
-        if found: print("found", json.dumps(found))
-        from mistral_nb.train import faults
-        faults.exit_process(0)
-    from mistral_nb.core.display import Table
-    mib, ok = lambda n: round(n / 2**20, 1), True
+    options = parse()
+    if options.rank: one_rank(*options.rank)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder, rows = Path(name) / "model", []
-        size = make(folder, 2 if options.tiny else options.layers, options.tiny)
-        for kind in options.kinds:
-            for n in options.processes:
-                forget(folder)
-                ranks = launched(n, "load", str(folder), kind)
-                worst = {k: max(r[k] for r in ranks) for k in ranks[0]}
-                rows.append(
-                    [
-                        kind, n, mib(worst["held"]), mib(worst["own"]), mib(worst["mapped"]),
-                        round(worst["seconds"], 1),
-                    ]
-                )
-            first, last = rows[-len(options.processes)], rows[-1]  # kind, processes, held, own
-            ok &= options.tiny or last[2] < 1.01 * first[2] * first[1] / last[1] and last[3] < last[2] + WORK
-        print(
-            Table(
-                ["matrices", "processes", "held MiB", "own peak MiB", "of the file MiB", "seconds"], rows,
-                title=f"loading {size / 1e9:.2f} GB of bf16 weights, the largest of all ranks",
-            )
-        )
-        work, rows = Path(name) / "run", []
-        prepare(work, options.tiny)
-        for n in options.processes[1:]:
-            for placement in ("replicate", "shard"):
-                r = launched(n, "steps", str(work), placement, "8" if options.tiny else str(options.adapter))
-                for kind, wanted in r["theory"].items():
-                    counted = r["counted"].get(kind, 0)
-                    rows.append(
-                        [f"{placement} on {n}", kind, mib(counted), mib(wanted), round(counted / wanted, 4)]
-                    )
-                    ok &= 0.999 < counted / wanted < 1.001
-        print(
-            "\n",
-            Table(
-                ["placement", "collective", "MiB in a step", "theory", "ratio"], rows,
-                title="bytes that are put together or added up in a step",
-            ),
-            sep="",
-        )
-        print(
-            f"\na checkpoint of {r['bytes'] / 2**20:,.0f} MiB: training waits {r['waits']:.2f} s, it is on the disk after {r['whole']:.2f} s ({r['bytes'] / 2**30 / r['waits']:.1f} GiB copied per second of waiting)"
-        )
+        ok = measure_loading(options, Path(name) / "model")
+        ok &= measure_steps(options, Path(name) / "run")
     if not ok: raise SystemExit("missed: memory falls as 1 / processes, bytes are what theory says")
 
 
@@ -215,13 +220,8 @@ def prepare(folder: Path, tiny: bool) -> None:
     "A model to train, and data"
     from mistral_nb.demo import make_data, make_model
     from mistral_nb.model.args import ModelArgs
-    make_model(
-        folder / "model",
-        0,
-        ModelArgs(
-            **(TRAIN | (dict(dim=64, head_dim=16, hidden_dim=128, n_heads=4, n_layers=2) if tiny else {}))
-        ),
-    )
+    small = dict(dim=64, head_dim=16, hidden_dim=128, n_heads=4, n_layers=2) if tiny else {}
+    make_model(folder / "model", 0, ModelArgs(**(TRAIN | small)))
     make_data(folder / "data")
 
 

@@ -121,9 +121,10 @@ def padded_inputs(batch) -> dict:
     import torch
     from torch.nn.utils.rnn import pad_sequence
     x, y, mask = map(torch.from_numpy, (batch.x, batch.y, batch.mask))
-    rows = lambda t, pad: pad_sequence(
-        list(t.split(list(batch.seqlens))), batch_first=True, padding_value=pad
-    )
+    def rows(t, pad):
+        return pad_sequence(
+            list(t.split(list(batch.seqlens))), batch_first=True, padding_value=pad
+        )
     labels = rows(y.masked_fill(~mask, -100), -100)
     return dict(
         input_ids=rows(x, 0), attention_mask=rows(torch.ones_like(x), 0), labels=labels, shift_labels=labels
@@ -205,7 +206,8 @@ SERVE = """import json, sys, time
 from pathlib import Path
 import step, torch
 torch.set_num_threads(1)
-run = step.build_ours(Path(sys.argv[1]), step.make_batch(int(sys.argv[2]), step.config(sys.argv[3] == "True")["vocab_size"]))[1]
+vocab_size = step.config(sys.argv[3] == "True")["vocab_size"]
+run = step.build_ours(Path(sys.argv[1]), step.make_batch(int(sys.argv[2]), vocab_size))[1]
 for line in sys.stdin:
     began = time.process_time()
     print(json.dumps([run(), time.process_time() - began]), flush=True)
@@ -277,7 +279,7 @@ def report(variants: list[str], batch, used: dict, timed: dict) -> tuple[float, 
     cost = {v: median(timed["seconds"][v]) for v in variants}
     first = {v: timed["losses"][v][0] for v in variants}
     extra = {v: used[v]["extra"] for v in variants}
-    times = lambda to, v: round(cost[to] / cost[v], 2) if to in cost else "-"
+    def times(to, v): return round(cost[to] / cost[v], 2) if to in cost else "-"
     rows = []
     for v in variants:
         share = round(extra[v] / extra["HF, packed"], 2) if "HF, packed" in extra else "-"
@@ -287,7 +289,10 @@ def report(variants: list[str], batch, used: dict, timed: dict) -> tuple[float, 
                 times("HF, packed", v), int(extra[v]), share, int(used[v]["peak"]), f"{first[v]:.6f}",
             ]
         )
-    head = "variant,tokens,CPU s/step,tokens/CPU s,x HF padded,x HF packed,extra MiB,of HF packed,peak MiB,first loss".split(
+    head = (
+        "variant,tokens,CPU s/step,tokens/CPU s,x HF padded,x HF packed,extra MiB,of HF packed,"
+        "peak MiB,first loss"
+    ).split(
         ","
     )
     print(Table(head, rows))
@@ -326,7 +331,8 @@ def main() -> int:
     batch = make_batch(options.docs, config(options.tiny)["vocab_size"])
     longest = max(batch.seqlens)
     print(
-        f"{len(batch.seqlens)} documents of {min(batch.seqlens)} to {longest} tokens, {len(batch.x)} in all, {batch.trained} trained; "
+        f"{len(batch.seqlens)} documents of {min(batch.seqlens)} to {longest} tokens, {len(batch.x)} in all, "
+        f"{batch.trained} trained; "
         f"padded {longest * len(batch.seqlens)}; float32, one thread, {options.steps} steps\n"
     )
     with tempfile.TemporaryDirectory() as name:

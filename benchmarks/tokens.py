@@ -1,6 +1,9 @@
-"""The data path on fresh text: reading, checking, tokenizing and packing, beside a plain loop over mistral-common and a packer of Python lists.
+"""The data path on fresh text: reading, checking, tokenizing and packing.
 
-Every measurement is a process of its own on the same files, so that its peak memory is its own; the tokenizer is loaded before the clock starts."""
+Beside it: a plain loop over mistral-common, and a packer of Python lists.
+
+Every measurement is a process of its own on the same files, so that its peak memory is its own; the
+tokenizer is loaded before the clock starts."""
 import argparse
 import json
 import os
@@ -231,7 +234,8 @@ def main() -> None:
         (200, 40, [500, 2000]) if options.tiny else (options.chats, options.calls, options.rows)
     )
     print(
-        f"mistral-common {version('mistral-common')}, {available_cores()} cores, {chats:,} chats, {calls:,} tool conversations with all their beginnings\n"
+        f"mistral-common {version('mistral-common')}, {available_cores()} cores, {chats:,} chats, "
+        f"{calls:,} tool conversations with all their beginnings\n"
     )
     with tempfile.TemporaryDirectory() as d:
         folder, files = Path(d), {}

@@ -12,7 +12,9 @@ nb_execution_mode = "off"
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "attrs_inline"]
 myst_heading_anchors = 3
-suppress_warnings = ["myst.header", "myst.xref_missing", "misc.highlighting_failure"]  # tools/docs.py checks links
+suppress_warnings = [  # tools/docs.py checks links
+    "myst.header", "myst.xref_missing", "misc.highlighting_failure"
+]
 html_theme = "furo"
 html_copy_source = False
 html_show_sourcelink = False

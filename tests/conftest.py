@@ -18,7 +18,10 @@ SMALL = ModelArgs(
     dim=64, n_layers=2, head_dim=16, hidden_dim=128, n_heads=4, n_kv_heads=2, norm_eps=1e-5, vocab_size=32768,
     rope_theta=1e6,
 )
-LONGEST = "test_ranks test_faults test_launch test_kills test_train test_check test_cli test_benchmarks test_variants".split()
+LONGEST = (
+    "test_ranks test_faults test_launch test_kills test_train test_check test_cli "
+    "test_benchmarks test_variants"
+).split()
 
 
 def pytest_collection_modifyitems(items: list) -> None:

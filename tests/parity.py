@@ -109,7 +109,7 @@ def model_with(folder, lora_file, rank, scaling, dtype=None) -> Transformer:
 
 
 def as_batch(x, y, mask, seqlens) -> Batch:
-    flat = lambda a, dtype: np.asarray(a).reshape(-1).astype(dtype)
+    def flat(a, dtype): return np.asarray(a).reshape(-1).astype(dtype)
     return Batch(
         flat(x, np.int64), flat(y, np.int64), flat(mask if mask is not None else np.ones_like(y), bool),
         tuple(int(n) for n in seqlens),

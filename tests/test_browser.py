@@ -102,7 +102,7 @@ def tool_row(name="get", id="abcdefghi", text="fine"):
 
 def bad_lines():
     "Lines of JSON that training refuses, most of them quoting something hostile"
-    said = lambda role, content: {"messages": [{"role": role, "content": content}]}
+    def said(role, content): return {"messages": [{"role": role, "content": content}]}
     call = {"id": BAD, "function": {"name": BAD, "arguments": {BAD: 1}}}
     rows = [
         said(BAD, "x"), {BAD: 1}, {"messages": BAD}, [BAD], tool_row(name=BAD), tool_row(id=BAD),
@@ -169,11 +169,13 @@ def made(tmp_path_factory):
 
 
 CHECKS = """
-const lum = c => { const [r, g, b] = c.map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b }
+const linear = v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4
+const lum = c => { const [r, g, b] = c.map(linear); return .2126 * r + .7152 * g + .0722 * b }
 const rgba = t => { const p = t.match(/[\\d.]+/g).map(Number); return p.length < 4 ? [...p, 1] : p }
 const over = (top, a, low) => low.map((v, i) => top[i] * a + v * (1 - a))
 function contrast(el, win) {  // of the text of el, all backgrounds and opacities up to the body
-    let text = rgba(win.getComputedStyle(el).color), chain = [], page = rgba(win.getComputedStyle(win.document.body).backgroundColor).slice(0, 3)
+    const text = rgba(win.getComputedStyle(el).color), chain = []
+    const page = rgba(win.getComputedStyle(win.document.body).backgroundColor).slice(0, 3)
     for (let e = el; e !== win.document.body; e = e.parentElement) chain.unshift(win.getComputedStyle(e))
     const paint = (styles, under, ink) => {
         if (!styles.length) return ink ? over(text, text[3], under) : under
@@ -184,13 +186,16 @@ function contrast(el, win) {  // of the text of el, all backgrounds and opacitie
     return (Math.max(a, b) + .05) / (Math.min(a, b) + .05)
 }
 async function look(name, width, theme) {
-    const frame = document.body.appendChild(Object.assign(document.createElement('iframe'), {width, height: 600}))
+    const made = Object.assign(document.createElement('iframe'), {width, height: 600})
+    const frame = document.body.appendChild(made)
     const begin = performance.now()
     await new Promise(done => { frame.onload = done; frame.src = `/page/${name}/${theme}` })
     const win = frame.contentWindow, doc = win.document, out = doc.getElementById('out')
-    const found = {scroll: doc.documentElement.scrollWidth, inner: win.innerWidth, ms: performance.now() - begin, height: out.offsetHeight}
+    const found = {scroll: doc.documentElement.scrollWidth, inner: win.innerWidth}
+    Object.assign(found, {ms: performance.now() - begin, height: out.offsetHeight})
     const all = [...out.querySelectorAll('*')]
-    for (const e of all.slice(0, 3000)) for (const kind of ['mouseover', 'click', 'focus']) e.dispatchEvent(new win.Event(kind, {bubbles: false}))
+    for (const e of all.slice(0, 3000)) for (const kind of ['mouseover', 'click', 'focus'])
+        e.dispatchEvent(new win.Event(kind, {bubbles: false}))
     found.names = [...new Set(all.map(e => e.tagName))]
     found.attributes = [...new Set(all.flatMap(e => e.getAttributeNames()))]
     found.sources = [...new Set(all.flatMap(e => e.getAttribute('src') || []))].map(s => s.slice(0, 22))
@@ -200,7 +205,9 @@ async function look(name, width, theme) {
     found.resources = win.performance.getEntriesByType('resource').map(e => e.name)
     found.text = out.textContent
     const texts = doc.createTreeWalker(out, NodeFilter.SHOW_TEXT)
-    for (found.typeset = ''; texts.nextNode();) if (!texts.currentNode.parentElement.closest('.mathjax_ignore')) found.typeset += texts.currentNode.data
+    const ignored = node => node.parentElement.closest('.mathjax_ignore')
+    for (found.typeset = ''; texts.nextNode();)
+        if (!ignored(texts.currentNode)) found.typeset += texts.currentNode.data
     const raw = await (await fetch('/raw/' + name)).text(), box = doc.createElement('div')
     box.id = 'out'
     box.innerHTML = raw
@@ -221,7 +228,9 @@ async function look(name, width, theme) {
 async function widths() {  // of table cells
     const box = document.body.appendChild(document.createElement('div'))
     box.innerHTML = await (await fetch('/raw/chars')).text()
-    return [...box.querySelectorAll('td')].map(td => { const r = document.createRange(); r.selectNodeContents(td); return r.getBoundingClientRect().width })
+    const range = document.createRange()
+    const width = td => { range.selectNodeContents(td); return range.getBoundingClientRect().width }
+    return [...box.querySelectorAll('td')].map(width)
 }
 async function main() {
     const out = {}
@@ -241,7 +250,8 @@ def page(html, theme):
     back, ink = THEMES[theme]
     dialogs = "for (const k of ['alert', 'confirm', 'prompt', 'open', 'print']) window[k] = () => hack(k)"
     head = f"<meta charset=utf-8><script>window.hack = n => top.hacked.push(n); {dialogs}</script>"
-    return f'<!doctype html>{head}<style>body{{margin:8px;background:{back};color:{ink};font-family:sans-serif;font-size:14px}}</style><body><div id="out">{html}</div></body>'
+    style = f"body{{margin:8px;background:{back};color:{ink};font-family:sans-serif;font-size:14px}}"
+    return f'<!doctype html>{head}<style>{style}</style><body><div id="out">{html}</div></body>'
 
 
 def driver(names):
@@ -250,7 +260,8 @@ def driver(names):
         f"const {k} = {json.dumps(v)};"
         for k, v in dict(STYLE=KIND_STYLES, NAMES=names, THEMES=list(THEMES), WIDTHS=WIDTHS).items()
     )
-    return f"<!doctype html><meta charset=utf-8><body><script>window.hacked = []; window.hack = n => hacked.push(n);{facts}{CHECKS}</script></body>"
+    hack = "window.hacked = []; window.hack = n => hacked.push(n);"
+    return f"<!doctype html><meta charset=utf-8><body><script>{hack}{facts}{CHECKS}</script></body>"
 
 
 def browse(html, seconds=60):

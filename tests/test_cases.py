@@ -335,7 +335,13 @@ def test_random_rows_come_alike(tmp_path):
 # what trains is what a server sends
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("name", ["tool_result_empty.jsonl", "tool_result_parts.jsonl", "parts_two_texts.jsonl", "parts_text.jsonl", "content_and_call.jsonl", "parallel.jsonl", "same_role.jsonl"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tool_result_empty.jsonl", "tool_result_parts.jsonl", "parts_two_texts.jsonl", "parts_text.jsonl",
+        "content_and_call.jsonl", "parallel.jsonl", "same_role.jsonl",
+    ],
+)
 def test_served(name, version):
     "Converted rows give a server's ids wherever `check` does not say otherwise, and the other way round"
     tokenizer = load_tokenizer(version)
@@ -428,7 +434,10 @@ def test_deep_rows(tmp_path):
     with pytest.raises(SampleError): parse_row(json.loads(deep[0]))
 
 
-@pytest.mark.parametrize("name", ["label_text.csv", "columns.json", "two_docs.txt", "struct_args.parquet", "capital.jsonl"])
+@pytest.mark.parametrize(
+    "name",
+    ["label_text.csv", "columns.json", "two_docs.txt", "struct_args.parquet", "capital.jsonl"],
+)
 def test_what_to_type(name, capsys):
     "check, on files that are no JSON lines, or hold other rows, gives the line that converts them"
     if name in ("capital.jsonl", "columns.json"):  # lines of JSON, of other rows

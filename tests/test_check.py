@@ -643,7 +643,7 @@ def check_corrected(path: Path, report: CheckReport, version: str) -> None:
     codes = by_line(report)
     for g in gone: assert g["reason"].split(":")[0] in {c.split(":")[1] for c in codes[g["line"]]}
     left = [(t, s) for t, s in zip(lines, state) if s != REJECTED]
-    strip = lambda t: t.removeprefix(b"\xef\xbb\xbf").removesuffix(b"\r")
+    def strip(t): return t.removeprefix(b"\xef\xbb\xbf").removesuffix(b"\r")
     assert all(strip(old) == new for (old, s), new in zip(left, out) if s == KEPT)
     if not out: return
     again = check(corrected, tokenizer_of(version), workers=1)
@@ -780,7 +780,8 @@ REPAIRS: dict[
         ),
     ),
     "one byte": (
-        b'{"messages": [{"role": "user", "content": "\xe9 \xe7\x8c\xab \xc3\xbc"}, {"role": "assistant", "content": "A cat."}]}',
+        b'{"messages": [{"role": "user", "content": "\xe9 \xe7\x8c\xab \xc3\xbc"}, '
+        b'{"role": "assistant", "content": "A cat."}]}',
         lambda r: "猫 ü" in r["messages"][0]["content"],
     ),
 }

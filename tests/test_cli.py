@@ -143,7 +143,8 @@ def test_plan(session, here):
     folder, _ = session
     config = folder / "plan.yaml"
     config.write_text(
-        f"model_id_or_path: {folder}/model\nrun_dir: {folder}/planned\ndata:\n  instruct_data: {folder}/data/train.jsonl\n"
+        f"model_id_or_path: {folder}/model\nrun_dir: {folder}/planned\n"
+        f"data:\n  instruct_data: {folder}/data/train.jsonl\n"
     )
     assert "tokens at once, nothing recomputed" in here("plan", str(config)).stdout
     small = here("plan", str(config), "memory_gib=0.2", "device=cpu", ok=1).stdout

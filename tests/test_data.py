@@ -49,7 +49,11 @@ print("end", len(made), len(found), int(found.length.sum()), int(found.trained.s
 """
 
 
-CONTROL = "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT] [CALL_ID] [ARGS] [THINK] [/THINK] [MODEL_SETTINGS] [/MODEL_SETTINGS]".split()
+CONTROL = (
+    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] "
+    "[TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] "
+    "[/SYSTEM_PROMPT] [TOOL_CONTENT] [CALL_ID] [ARGS] [THINK] [/THINK] [MODEL_SETTINGS] [/MODEL_SETTINGS]"
+).split()
 
 
 def newer_tokenizer(path: Path, version: str):
@@ -81,11 +85,12 @@ def test_rows_of_every_version(tmp_path, version):
         else newer_tokenizer(tmp_path / "tekken.json", version)
     )
     rng, texts = random.Random(2), list(strings(3000, 2))
-    said = lambda: next(
-        t
-        for t in iter(lambda: rng.choice(texts), None)
-        if t.strip() and not any("\ud800" <= c <= "\udfff" for c in t)
-    )
+    def said():
+        return next(
+            t
+            for t in iter(lambda: rng.choice(texts), None)
+            if t.strip() and not any("\ud800" <= c <= "\udfff" for c in t)
+        )
     rows = []
     for _ in range(150):
         turns = [
@@ -111,7 +116,7 @@ def test_rows_of_every_version(tmp_path, version):
 def chats(path: Path, n: int, words: int = 30, seed: int = 0) -> Path:
     "A file of `n` short conversations"
     rng = random.Random(seed)
-    text = lambda: " ".join(rng.choices(WORDS, k=words)) + str(rng.randrange(10**6))
+    def text(): return " ".join(rng.choices(WORDS, k=words)) + str(rng.randrange(10**6))
     with open(path, "w") as f:
         for _ in range(n):
             f.write(
@@ -356,7 +361,7 @@ def test_shares():
             trained=np.concatenate([s.trained for s in found]), turns=lambda i: (),
         )
         ends = np.cumsum([len(s) for s in found])
-        owner = lambda i: int(np.searchsorted(ends, i, "right"))
+        def owner(i): return int(np.searchsorted(ends, i, "right"))
         both.places = lambda numbers: [
             found[owner(i)].places([i - (ends[owner(i)] - len(found[owner(i)]))])[0] for i in numbers
         ]

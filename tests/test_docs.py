@@ -40,7 +40,10 @@ def test_dead_links_are_found(tmp_path):
 
 def test_definitions_from_source():
     "Signature, docstring and comments of arguments, without running anything"
-    code = 'def f(\n    a: int,  # the first\n    *rest: str,  # more | of them\n) -> int:\n    "Does it."\n    return undefined(a)'
+    code = (
+        'def f(\n    a: int,  # the first\n    *rest: str,  # more | of them\n) -> int:\n'
+        '    "Does it."\n    return undefined(a)'
+    )
     (found,) = docs.definitions(code)
     assert (found.signature, found.doc) == ("f(a: int, *rest: str) -> int", "Does it.")
     assert found.rows == [("a", "int", "", "the first"), ("rest", "str", "", "more | of them")]

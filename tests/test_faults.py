@@ -60,8 +60,11 @@ def wait_for_steps(config, child, n: int) -> None:
 
 
 @pytest.mark.parametrize("kind, placement, words", [
-    ("raises", "shard", ["IndexError: list index out of range", "in step"]), ("memory", "replicate", ["[rank 1] error: step 4: CUDA out of memory", "planned were"]),
-    ("hangs", "replicate", ["rank 1 has done nothing for", "time.sleep"]), pytest.param("hangs", "shard", ["rank 1 has done nothing for", "time.sleep"], marks=pytest.mark.slow), ("hangs natively", "replicate", ["Timeout (0:00:07", "in fullmatch"]),
+    ("raises", "shard", ["IndexError: list index out of range", "in step"]),
+    ("memory", "replicate", ["[rank 1] error: step 4: CUDA out of memory", "planned were"]),
+    ("hangs", "replicate", ["rank 1 has done nothing for", "time.sleep"]),
+    pytest.param("hangs", "shard", ["rank 1 has done nothing for", "time.sleep"], marks=pytest.mark.slow),
+    ("hangs natively", "replicate", ["Timeout (0:00:07", "in fullmatch"]),
 ])
 def test_one_rank_fails(write_config, shell_env, kind, placement, words):
     "The job ends by itself, with the place in that rank; the checkpoint before it is good"

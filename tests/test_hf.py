@@ -107,7 +107,8 @@ def test_logits(case, tmp_path):
 
 
 @pytest.mark.parametrize("case, save, name", [
-    ("mixtral", {}, "block_sparse_moe.experts.3.w1.weight"), ("mixtral", dict(save_original_format=False), "mlp.experts.gate_up_proj"),
+    ("mixtral", {}, "block_sparse_moe.experts.3.w1.weight"),
+    ("mixtral", dict(save_original_format=False), "mlp.experts.gate_up_proj"),
     ("dense", dict(max_shard_size="100KB"), "mlp.up_proj.weight"),
 ])
 def test_layouts(case, save, name, tmp_path):
@@ -201,7 +202,8 @@ def test_lora_gradients(case, tmp_path):
     loss.backward()
     rows = [torch.tensor(d.tokens, dtype=torch.long) for d in docs]
     labels = [t.where(torch.tensor(d.mask), -100) for t, d in zip(rows, docs)]
-    pad = lambda parts, value: torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value)
+    def pad(parts, value):
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value)
     their_loss = theirs(
         input_ids=pad(rows, 0), attention_mask=pad([torch.ones_like(r) for r in rows], 0),
         labels=pad(labels, -100),
@@ -260,7 +262,10 @@ def test_generate(case, tmp_path):
     assert got[0].index(stop) == len(answers[0]) < 30
 
 
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
 
 
 def hf_tokenizer(folder, template: str) -> None:
@@ -288,7 +293,11 @@ def hf_tokenizer(folder, template: str) -> None:
     ).save_pretrained(folder)
 
 
-@pytest.mark.parametrize("template, same", [(TEMPLATE, True), (TEMPLATE.replace("[/INST]", " [/INST]"), False), (TEMPLATE.replace("{% for", "{{ raise_exception('no') }}{% for"), False)])
+@pytest.mark.parametrize("template, same", [
+    (TEMPLATE, True),
+    (TEMPLATE.replace("[/INST]", " [/INST]"), False),
+    (TEMPLATE.replace("{% for", "{{ raise_exception('no') }}{% for"), False),
+])
 def test_certify_template(tmp_path, template, same):
     """The ids that we train on against the chat template in the model's folder: equal, or the first
     difference is pointed at"""

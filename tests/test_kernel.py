@@ -10,7 +10,10 @@ from mistral_nb.demo import demo_settings
 settings = demo_settings({demo!r}, {run!r}, max_steps=30, seq_len=128, no_eval=True, log_freq=1)
 """
 FIT = "Trainer(settings).fit()"
-RESUME = "history = Trainer(settings | dict(resume=True)).fit(); print('steps', [r.step for r in history.records][-1], len(history.records))"
+RESUME = (
+    "history = Trainer(settings | dict(resume=True)).fit(); "
+    "print('steps', [r.step for r in history.records][-1], len(history.records))"
+)
 
 
 def execute(client, code: str, during=None) -> tuple[str, str, list[str]]:

@@ -110,7 +110,7 @@ def test_no_room_for_a_checkpoint(write_config, shell_env):
     whole = [r["loss"] for r in read_records(run_dir / "metrics.train.jsonl")]
     for folder in checkpoints(run_dir)[1:]: shutil.rmtree(folder)
     kept = checkpoints(run_dir)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    def limit(): return resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     done = subprocess.run(
         train_command(config, "resume=true"), env=shell_env, capture_output=True, text=True,
         preexec_fn=limit, timeout=120,

@@ -199,7 +199,8 @@ def test_bad_row(settings, tmp_path, demo):
     run = launch(settings(data=dict(instruct_data=str(bad))), nproc_per_node=2)
     with pytest.raises(
         JobFailedError,
-        match=r"before its first record: rank \d: .*bad.jsonl, line 25, messages\[0\].role: the role is 'robot'",
+        match=r"before its first record: rank \d: .*bad.jsonl, line 25, messages\[0\].role: "
+        r"the role is 'robot'",
     ):
         run.wait()
 
@@ -245,7 +246,10 @@ class Kernel:
         self.manager.shutdown_kernel(now=True)
 
 
-START = "from mistral_nb import launch\nrun = launch({settings!r}, nproc_per_node=2, detach={detach})\nprint(run.job['process'])"
+START = (
+    "from mistral_nb import launch\nrun = launch({settings!r}, nproc_per_node=2, detach={detach})\n"
+    "print(run.job['process'])"
+)
 
 
 def test_interrupt_in_a_kernel(settings, shell_env):
@@ -292,7 +296,8 @@ def test_kernel_dies(settings, shell_env, detach):
 
 
 FAKES = {  # a cluster of two nodes on this machine
-    "sbatch": 'script=$1; SLURM_JOB_NODELIST=two setsid bash "$script" > "$script.log" 2>&1 & echo Submitted batch job 7',
+    "sbatch": 'script=$1; SLURM_JOB_NODELIST=two setsid bash "$script" > "$script.log" 2>&1 & '
+    "echo Submitted batch job 7",
     "scontrol": "echo 127.0.0.1",
     "srun": '"$@" & "$@" & trap "kill %1 %2" TERM; wait %1 && wait %2',
 }

@@ -112,7 +112,9 @@ def test_server_that_falls(settings, tmp_path, monkeypatch):
         def log(self, record): raise OSError("connection reset")
         def close(self): pass
     monkeypatch.setattr("mistral_nb.train.tracking.MLFlow", lambda *args: Falls())
-    def slow(self, record, log=tracking.Service.log): log(self, record); time.sleep(0.2)
+    def slow(self, record, log=tracking.Service.log):
+        log(self, record)
+        time.sleep(0.2)
     monkeypatch.setattr(tracking.Service, "log", slow)
     run = Trainer(settings(mlflow=dict(tracking_uri="http://host"), on_tracking_error="stop"), max_steps=8)
     with pytest.raises(KeyboardInterrupt, match="connection reset"): run.fit()

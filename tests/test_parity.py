@@ -1,6 +1,9 @@
-"""Parity with mistral-finetune: tokens, masks, packing, verdicts, logits, gradients, training, to the recorded numbers.
+"""Parity with mistral-finetune, to the recorded numbers.
 
-The cases in `tests/data/parity` travel with the repository; a larger set is used where it stands beside it."""
+Tokens, masks, packing, verdicts, logits, gradients, training.
+
+The cases in `tests/data/parity` travel with the repository; a larger set beside it is used if there is one.
+"""
 import hashlib
 import itertools
 import json
@@ -68,7 +71,10 @@ def plain_ids(row: dict) -> str:
     return re.sub(r'("(?:id|tool_call_id)": ")([a-zA-Z0-9]{9})"', lambda m: f'{m[1]}{seen[m[2]]}"', text)
 
 
-@pytest.mark.parametrize("name, kind", [("ultrachat_like", "ultrachat"), ("openai_legacy", "ultrachat"), ("glaive_like", "glaive")])
+@pytest.mark.parametrize(
+    "name, kind",
+    [("ultrachat_like", "ultrachat"), ("openai_legacy", "ultrachat"), ("glaive_like", "glaive")],
+)
 def test_convert(name, kind):
     "The rows that mistral-finetune's scripts keep, to the byte, and the lines that they skip"
     want = json.loads((EXPECTED / "reformat.json").read_text())[f"{name}.jsonl"]
@@ -89,7 +95,9 @@ def test_convert_broken():
     ]
 
 
-@pytest.mark.parametrize("name, least", [("ultrachat_like", 0.94), ("openai_legacy", 1.0), ("glaive_like", 0.93)])
+@pytest.mark.parametrize(
+    "name, least", [("ultrachat_like", 0.94), ("openai_legacy", 1.0), ("glaive_like", 0.93)]
+)
 def test_convert_saves(name, least):
     "The converter keeps more rows than the scripts, accounts for all, and training accepts each"
     done = convert(DATA / f"{name}.jsonl")
@@ -243,7 +251,9 @@ def train_case(name, **kw):
 
 
 @needs_model
-@pytest.mark.parametrize("name, file", [("A", "lora_after_A.safetensors"), ("C_micro2", "lora_after_C_micro2.safetensors")])
+@pytest.mark.parametrize(
+    "name, file", [("A", "lora_after_A.safetensors"), ("C_micro2", "lora_after_C_micro2.safetensors")]
+)
 def test_training(name, file):
     log, (losses, adapter) = train_case(name)
     assert len(losses) == len(log["log"])

@@ -137,7 +137,8 @@ def test_second_interrupt_is_now(write_config, shell_env):
 def test_bad_input_stops_before_any_step(write_config, shell_env, tmp_path):
     "A bad row ends the run with file and line, and leaves no folder behind"
     (tmp_path / "bad.jsonl").write_text(
-        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n{"messages": 3}\n'
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+        '{"messages": 3}\n'
     )
     config = write_config("bad", **FAST)
     done = run(train_command(config, f"data.instruct_data={tmp_path}/bad.jsonl"), shell_env, ok=1)
@@ -200,9 +201,10 @@ def test_resume_on_another_number_of_ranks(write_config, shell_env, before, afte
     config = write_config(
         "changing", **FAST | dict(eval_freq=0), log_freq=1, ckpt_freq=3, num_ckpt_keep=None, lora=dict(rank=8)
     )
-    many = lambda ranks: train_command(
-        config, "resume=true", f"num_microbatches={2 // ranks}", ranks=ranks if ranks > 1 else 0
-    )
+    def many(ranks):
+        return train_command(
+            config, "resume=true", f"num_microbatches={2 // ranks}", ranks=ranks if ranks > 1 else 0
+        )
     run(many(before), shell_env)
     whole, weights = losses(config), adapter(config)
     shutil.rmtree(checkpoints(config.with_suffix(""))[-1])

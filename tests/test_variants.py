@@ -354,7 +354,8 @@ def test_run(done):
     assert all(p.dtype == torch.float32 for p in trainable_params(t.model).values()) and all(
         p.grad is not None for p in trainable_params(t.model).values()
     )
-    strict = lambda word: pytest.fail(f"{word} is no JSON")
+    def strict(word):
+        return pytest.fail(f"{word} is no JSON")
     for line in (done.folder / f"{done.name}-whole/metrics.train.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=strict)
 

@@ -29,9 +29,10 @@ METADATA = {
 FINETUNE = set(  # the settings of mistral-finetune; all others are ours
     "data.data data.shuffle data.instruct_data data.eval_instruct_data data.instruct.shuffle "
     "data.instruct.dynamic_chunk_fn_call model_id_or_path run_dir lora.enable lora.rank lora.dropout "
-    "lora.scaling optim.lr optim.weight_decay optim.pct_start seed seq_len batch_size num_microbatches max_norm max_steps "
-    "log_freq eval_freq no_eval ckpt_freq no_ckpt num_ckpt_keep save_adapters checkpoint world_size wandb.project "
-    "wandb.offline wandb.run_name mlflow.tracking_uri mlflow.experiment_name".split()
+    "lora.scaling optim.lr optim.weight_decay optim.pct_start seed seq_len batch_size "
+    "num_microbatches max_norm max_steps log_freq eval_freq no_eval ckpt_freq no_ckpt num_ckpt_keep "
+    "save_adapters checkpoint world_size wandb.project wandb.offline wandb.run_name "
+    "mlflow.tracking_uri mlflow.experiment_name".split()
 )
 
 

@@ -1,4 +1,6 @@
-"""The data and training tests on the lowest or the newest versions of the direct requirements, in an environment of its own.
+"""The data and training tests on the lowest or the newest versions of the direct requirements.
+
+They run in an environment of their own.
 
     python tools/versions.py lowest|newest [--keep FOLDER] [--torch 2.7.0]
 """
@@ -62,7 +64,10 @@ def main() -> int:
         eager = ["--upgrade-strategy", "eager"] if options.which == "newest" else []
         pip(python, "-U", *eager, "-c", f"{d}/exact.txt", "-e", str(ROOT), *TOOLS)
         names = [re.split(r"[\[>]", r)[0] for r in requirements()]
-        shown = "import importlib.metadata as m, sys; print(*(f'{n} {m.version(n)}' for n in sys.argv[1:]), sep=', ')"
+        shown = (
+            "import importlib.metadata as m, sys; "
+            "print(*(f'{n} {m.version(n)}' for n in sys.argv[1:]), sep=', ')"
+        )
         subprocess.run([python, "-c", shown, *names], check=True)
         files = [f"tests/{t}.py" for t in TESTS if (ROOT / f"tests/{t}.py").exists()]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{home}/bin:{os.environ['PATH']}"}
