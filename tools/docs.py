@@ -319,7 +319,8 @@ def fill(out: Path) -> None:
         nb = json.loads(path.read_text(encoding="utf-8").replace("../nbs/", "../"))
         write(out, f"tutorials/{path.name}", json.dumps(nb | {"metadata": METADATA}))
     for path in (ROOT / "docs/conf.py", ROOT / "settings.ini"): write(out, path.name, path.read_text())
-    write(out, "how_it_works.md", (ROOT / "docs/how_it_works.md").read_text())
+    walks = (ROOT / "docs/how_it_works.md").read_text()
+    write(out, "how_it_works.md", walks.replace("](../nbs/", "]("))  # on the site it stands beside the rooms
     write(out, "from_finetune.md", section(readme, "What is different from mistral-finetune"))
     write(out, "settings.md", settings_page())
     write(out, "codes.md", codes_page())
