@@ -158,7 +158,7 @@ def nodes(
     return [start([sys.executable, "-m", "torch.distributed.run", *options, *command], env) for _ in range(n)]
 
 
-@pytest.mark.parametrize("placement", ["replicate", "hybrid"])
+@pytest.mark.parametrize("placement", ["replicate", pytest.param("hybrid", marks=pytest.mark.slow)])
 def test_two_nodes(write_config, shell_env, placement):
     "Two agents of torchrun that meet at a port are one job; their number may be a range"
     still = SETTINGS | dict(lora=dict(rank=8))

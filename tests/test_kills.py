@@ -21,7 +21,7 @@ from mistral_nb.train.run_dir import checkpoints
 from mistral_nb.train.run_dir import find_damage
 from mistral_nb.train.metrics import read_records
 
-KILLS = {ranks: int(os.environ.get("KILLS", n)) for ranks, n in ((0, 3), (2, 2))}  # by ranks; nightly 30
+KILLS = {ranks: int(os.environ.get("KILLS", n)) for ranks, n in ((0, 2), (2, 1))}  # by ranks; nightly 30
 SETTINGS = dict(
     max_steps=12, seq_len=128, batch_size=1, log_freq=1, ckpt_freq=1, no_eval=True, num_ckpt_keep=2,
     lora=dict(rank=8, dropout=0.2),
