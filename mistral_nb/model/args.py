@@ -8,8 +8,8 @@ __all__ = ['Windows', 'YARN_KEYS', 'SCALING_KEYS', 'MISTRAL_NAMES', 'MISTRAL_BLO
            'windows_by_layer', 'yarn_scale', 'read_block', 'mistral_yarn', 'mistral_scaling', 'hf_yarn', 'hf_rope',
            'read_shape', 'mistral_window', 'mistral_experts', 'from_params', 'is_mistral_fp8', 'to_params',
            'yarn_params', 'is_readable', 'hf_windows', 'hf_positions', 'text_config', 'text_shape', 'from_hf',
-           'hf_tensor_names', 'shape_file', 'read_shape_json', 'load_model_args', 'linear_shapes', 'n_params', 'n_lora',
-           'flops_per_token']
+           'read_head', 'hf_tensor_names', 'shape_file', 'read_shape_json', 'load_model_args', 'linear_shapes',
+           'n_params', 'n_lora', 'flops_per_token']
 
 # %% ../../nbs/model/36_args.ipynb #imports
 import json
@@ -378,14 +378,17 @@ def from_hf(config: dict, name: str = "config.json") -> ModelArgs:
     return text_shape(config, name)
 
 # %% ../../nbs/model/36_args.ipynb #hf-tensor-names
+def read_head(file: Path) -> dict[str, dict]:
+    "`dtype`, `shape` and `data_offsets` of each tensor of a safetensors file; none if it cannot be read."
+    try:
+        with open(file, "rb") as f: found = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+    except (OSError, ValueError, OverflowError, MemoryError): return {}
+    return {k: v for k, v in found.items() if k != "__metadata__"} if isinstance(found, dict) else {}
+
+
 def hf_tensor_names(folder: str | Path) -> list[str]:
-    "The names of the tensors in a Hugging Face folder, by the heads of its files; none if they are not read."
-    names: list[str] = []
-    for file in sorted(Path(folder).glob("model*.safetensors")):
-        try:
-            with open(file, "rb") as f: names += json.loads(f.read(int.from_bytes(f.read(8), "little")))
-        except (OSError, ValueError, OverflowError, MemoryError, TypeError): return []
-    return names
+    "The names of the tensors in a Hugging Face folder, by the heads of its files."
+    return [name for file in sorted(Path(folder).glob("model*.safetensors")) for name in read_head(file)]
 
 # %% ../../nbs/model/36_args.ipynb #load
 def shape_file(folder: str | Path) -> Path:

@@ -5,21 +5,23 @@
 # %% auto #0
 __all__ = ['SHARD_NUMBER', 'WEIGHT_PATTERNS', 'UNREADABLE_PATTERNS', 'ROTATION_TABLES', 'SCALE_TENSORS', 'UNPACKED_HINT',
            'STORED_DTYPES', 'FileTensor', 'NF4_STATE', 'HF_KEYS', 'named_in', 'numbered', 'complete_set',
-           'weight_files', 'is_table', 'check_stored', 'check_finite', 'part_names', 'from_bitsandbytes',
-           'mistral_name', 'unpermute', 'unpermute_any', 'from_hf_names']
+           'weight_files', 'is_vision', 'vision_bytes', 'is_table', 'check_stored', 'check_finite', 'part_names',
+           'from_bitsandbytes', 'fp8_scales', 'is_kept_fp8', 'from_fp8', 'text_name', 'mistral_name', 'unpermute',
+           'unpermute_any', 'from_hf_names']
 
 # %% ../../nbs/model/43_layouts.ipynb #imports
 import json
+import math
 import re
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from typing import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from .args import ModelArgs
+from .args import ModelArgs, read_head
 from .keys import ModelError
-from .quant import NF4_BLOCK, NF4Linear, PackedLinear
+from .quant import FP8, FP8WeightOnly, NF4_BLOCK, NF4Linear, PackedLinear
 
 # %% ../../nbs/model/43_layouts.ipynb #index
 SHARD_NUMBER = re.compile(r"-(\d+)-of-(\d+)(?=\.)")
@@ -91,6 +93,23 @@ _PACKS = "quantize: fp8, int8 or nf4 packs it while it is read"
 UNPACKED_HINT = f"use the model as it was before, in bfloat16; {_PACKS}"
 
 
+_VISION = re.compile(
+    r"^(vision_encoder|vision_language_adapter|patch_merger|pre_mm_projector_norm"
+    r"|(model\.)?(vision_tower|multi_modal_projector))\."
+)
+
+
+def is_vision(name: str) -> bool:
+    "Whether a tensor is of the part of a model that sees images, by its name in either layout."
+    return bool(_VISION.match(name))
+
+
+def vision_bytes(files: Iterable[Path]) -> tuple[int, int]:
+    "How many tensors of that part are in safetensors files, and their bytes."
+    heads = [v for file in files for name, v in read_head(file).items() if is_vision(name)]
+    return len(heads), sum(v["data_offsets"][1] - v["data_offsets"][0] for v in heads)
+
+
 def is_table(name: str, at: str = "") -> bool:
     "Whether a tensor only repeats what follows from the shape; `ModelError` if it belongs to packed weights."
     if not SCALE_TENSORS.search(name): return bool(ROTATION_TABLES.search(name))
@@ -104,6 +123,7 @@ STORED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 def check_stored(t: Tensor, name: str) -> None:
     "`ModelError` if weights are not floating-point numbers of 16 bits or more."
     if t.dtype in STORED_DTYPES: return
+    if t.dtype == FP8: raise ModelError(f"{name} is stored in float8_e4m3fn, without the scale that belongs to it")
     kind = str(t.dtype).removeprefix("torch.")
     raise ModelError(f"{name} is stored in {kind}, which cannot be trained on: {UNPACKED_HINT}")
 
@@ -115,7 +135,7 @@ def check_finite(w: Tensor | PackedLinear, name: str) -> None:
     raise ModelError(f"{name} holds NaN or infinity: the file is damaged, so download or make it again")
 
 # %% ../../nbs/model/43_layouts.ipynb #bnb
-FileTensor = Tensor | NF4Linear  # what a file has under a weight's name
+FileTensor = Tensor | PackedLinear  # what a file has under a weight's name
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
 
 
@@ -143,6 +163,41 @@ def from_bitsandbytes(name: str, tensor: Callable[[str], Tensor], parts: set[str
     scales = scale.float().view(rows, columns // NF4_BLOCK)
     return NF4Linear(codes, scales, (rows, columns), getattr(torch, state["dtype"]))
 
+# %% ../../nbs/model/43_layouts.ipynb #fp8
+_FP8_SCALES = {".qscale_weight": ".qscale_act", ".weight_scale_inv": ".activation_scale"}
+
+
+def fp8_scales(names: Collection[str]) -> dict[str, tuple[str, ...]]:
+    "The scales that stand beside weights in fp8: that of the weight first, then that of its input."
+    out = {}
+    for ending, of_input in _FP8_SCALES.items():
+        for name in names:
+            stem = name.removesuffix(ending)
+            if not name.endswith(ending) or f"{stem}.weight" not in names: continue
+            out[f"{stem}.weight"] = tuple(n for n in (name, stem + of_input) if n in names)
+    return out
+
+
+def is_kept_fp8(rows: int, scale: Sequence[int]) -> bool:
+    "Whether a scale of this shape is one of the whole matrix, or of its rows: then the codes stay."
+    return math.prod(scale) in (1, rows) and (len(scale) < 2 or scale[1] == 1)
+
+
+def from_fp8(name: str, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> FileTensor:
+    "A weight from its fp8 codes and scales: packed, or in `dtype` if its blocks have scales of their own."
+    if codes.dtype != FP8:
+        raise ModelError(f"{name} has scales beside it, and is {codes.dtype}: only e4m3 codes can be read")
+    scale = scale.float()
+    if is_kept_fp8(len(codes), scale.shape):
+        rows = scale.reshape(-1, 1).expand(len(codes), 1).contiguous()
+        return FP8WeightOnly(codes, rows, codes.shape, dtype)
+    blocks = tuple(-(-n // 128) for n in codes.shape)
+    if tuple(scale.shape) != blocks:
+        problem = f"{name} has shape {tuple(codes.shape)} and scales {tuple(scale.shape)}"
+        raise ModelError(f"{problem}: one scale can be read, or one for each block of 128 by 128")
+    wide = scale.repeat_interleave(128, 0)[: len(codes)].repeat_interleave(128, 1)[:, : codes.shape[1]]
+    return (codes.float() * wide).to(dtype)
+
 # %% ../../nbs/model/43_layouts.ipynb #hf
 HF_KEYS = [
     (r"model\.embed_tokens\.", "tok_embeddings."), (r"model\.norm\.", "norm."), (r"lm_head\.", "output."),
@@ -156,8 +211,18 @@ HF_KEYS = [
 ]
 
 
+_TEXT_PART = re.compile(r"^(?:model\.language_model\.|language_model\.model\.|language_model\.(?=lm_head\.))")
+
+
+def text_name(name: str) -> str:
+    "A Hugging Face name without the prefix that it has in a model with images."
+    if not (found := _TEXT_PART.match(name)): return name
+    return ("" if found[0] == "language_model." else "model.") + name[found.end() :]
+
+
 def mistral_name(name: str) -> str:
     "Mistral's name for a Hugging Face tensor; any other name stays."
+    name = text_name(name)
     return next((new for pattern, to in HF_KEYS if (new := re.sub("^" + pattern, to, name)) != name), name)
 
 # %% ../../nbs/model/43_layouts.ipynb #unpermute
@@ -170,7 +235,7 @@ def unpermute_any(w: FileTensor, head_dim: int) -> FileTensor:
     "The same for what a file may hold; packed rows move as they are, and what is no rows of heads stays."
     if len(w.shape) != 2 or w.shape[0] % head_dim: return w
     if isinstance(w, Tensor): return unpermute(w, head_dim)
-    return NF4Linear(*(unpermute(t.detach(), head_dim) for t in (w.codes, w.scale)), w.shape, w.dtype)
+    return type(w)(*(unpermute(t.detach(), head_dim) for t in (w.codes, w.scale)), w.shape, w.dtype)
 
 # %% ../../nbs/model/43_layouts.ipynb #from-hf
 def from_hf_names(
@@ -178,12 +243,14 @@ def from_hf_names(
 ) -> Iterator[tuple[str, FileTensor]]:
     "Tensors of a Hugging Face file under Mistral's names and in Mistral's order."
     for name, t in tensors:
+        name = text_name(name)
         if m := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)", name):
             for e, w in enumerate(t):
                 at = f"layers.{m[1]}.feed_forward.experts.{e}"
                 if m[2] == "down_proj": yield f"{at}.w2.weight", w
                 else: yield from zip((f"{at}.w1.weight", f"{at}.w3.weight"), w.chunk(2))
             continue
-        if (mine := mistral_name(name)) == name:
+        mine = mistral_name(name)
+        if mine == name:
             raise ModelError(f"unknown tensor {name} in a Hugging Face file")
         yield mine, unpermute_any(t, args.head_dim) if re.search(r"attention\.w[qk]\.", mine) else t

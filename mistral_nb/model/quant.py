@@ -6,7 +6,7 @@
 __all__ = ['NF4_BLOCK', 'NF4_VALUES', 'FP8', 'FP8_MAX', 'STORAGES', 'is_sharded', 'gather_rows', 'local_rows', 'local_slice',
            'Linear', 'PackedLinear', 'FrozenProduct', 'nf4_levels', 'unpack_nf4', 'bitsandbytes_dequantize',
            'NF4Linear', 'unpack_int8', 'row_scales', 'Int8Linear', 'fp8_rows', 'has_fp8', 'fp8_product', 'FP8Linear',
-           'quantize_linear', 'stored_bits']
+           'unpack_fp8', 'FP8WeightOnly', 'quantize_linear', 'stored_bits']
 
 # %% ../../nbs/model/38_quant.ipynb #imports
 from functools import lru_cache
@@ -247,13 +247,30 @@ class FP8Linear(PackedLinear):
         dx = fp8_product(a, scale, turned, one, dy.dtype, has_fp8(dy.device))
         return dx if into is None else into.add_(dx)
 
+# %% ../../nbs/model/38_quant.ipynb #fp8-weight-only
+@compile_on_gpu
+def unpack_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    "The matrix of codes (out, in) e4m3 and scales (out, 1)."
+    return (codes.float() * scale).to(dtype)
+
+
+class FP8WeightOnly(PackedLinear):
+    "Codes (out, in) e4m3 and a scale for each row (out, 1); products take the other factor as it is."
+    kind = "fp8_weight_only"
+
+    @staticmethod
+    def pack(w: Tensor) -> tuple[Tensor, Tensor]: return fp8_rows.plain(w)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        return unpack_fp8(gather_rows(self.codes), gather_rows(self.scale), dtype or self.dtype)
+
 # %% ../../nbs/model/38_quant.ipynb #quantize
-STORAGES = {"nf4": NF4Linear, "fp8": FP8Linear, "int8": Int8Linear}
+STORAGES = {"nf4": NF4Linear, "fp8": FP8Linear, "int8": Int8Linear, "fp8_weight_only": FP8WeightOnly}
 
 
 @torch.no_grad()
 def quantize_linear(w: Tensor, kind: str, dtype: torch.dtype | None = None, rows: int = 1024) -> Linear:
-    "A matrix (out, in) in the storage `kind`: nf4, fp8, int8 or none; `dtype` is what `dense` gives."
+    "A matrix (out, in) in a storage of STORAGES, or none; `dtype` is what it unpacks to."
     if kind == "none": return Linear(*reversed(w.shape), weight=w)
     if kind == "nf4" and w.shape[1] % NF4_BLOCK:
         problem = f"nf4 needs rows of a multiple of {NF4_BLOCK} weights, and this matrix has {w.shape[1]}"

@@ -10,13 +10,14 @@ from typing import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn, Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .args import ModelArgs, MoeArgs
-from .attention import BlockIndex, block_positions, packed_attention, rope_table
-from .fused import RMSNormFunction, RopeFunction, add_projection, add_swiglu
-from .fused import norm_projections
+from .attention import block_positions, BlockIndex, make_rotation, packed_attention
+from .attention import Rotation
+from .fused import add_projection, add_swiglu, norm_projections, RMSNormFunction
+from .fused import RopeFunction
 from .moe import moe_forward
 from .quant import Linear
 
@@ -76,11 +77,12 @@ class Attention(nn.Module):
         self.wo = Linear(q, args.dim)
 
     def forward(
-        self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, attend: Attend, layer: int
+        self, x: Tensor, norm: RMSNorm, turns: Rotation, attend: Attend, layer: int
     ) -> Tensor:  # (T, dim)
         flat = norm_projections(x, norm, (self.wq, self.wk, self.wv))
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in flat)  # (T, heads, head_dim)
-        out = attend(layer, RopeFunction.apply(q, cos, sin), RopeFunction.apply(k, cos, sin), v)
+        q, k = RopeFunction.apply(q, *turns.query), RopeFunction.apply(k, *turns.key)
+        out = attend(layer, q, k, v)
         return add_projection(out.flatten(-2), x, self.wo)
 
 
@@ -96,8 +98,8 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:  # (T, dim)
-        x = self.attention(x, self.attention_norm, cos, sin, attend, self.layer)
+    def forward(self, x: Tensor, turns: Rotation, attend: Attend) -> Tensor:  # (T, dim)
+        x = self.attention(x, self.attention_norm, turns, attend, self.layer)
         return self.feed_forward(x, self.ffn_norm)
 
 # %% ../../nbs/model/42_transformer.ipynb #head
@@ -132,12 +134,12 @@ class Transformer(nn.Module):
 
     def hidden(self, ids: Tensor, at: Tensor, attend: Attend) -> Tensor:
         "Normalised hidden states (T, dim) of `ids` (T,) at positions `at` (T,)."
-        cos, sin = rope_table(at, self.args.head_dim, self.args.rope_theta)
+        turns = make_rotation(at, self.args)
         x = self.tok_embeddings(ids).to(self.dtype)
         for i, block in enumerate(self.layers):
             if i < self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)
-            else: x = block(x, cos, sin, attend)
+                x = checkpoint(block, x, turns, attend, use_reentrant=False)
+            else: x = block(x, turns, attend)
         return self.norm(x)
 
     def packed_hidden(self, ids: Tensor, seqlens: Sequence[int]) -> Tensor:
@@ -145,7 +147,7 @@ class Transformer(nn.Module):
         blocks = BlockIndex.of(seqlens, ids.device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return packed_attention(q, k, v, blocks, self.args.sliding_window)
+            return packed_attention(q, k, v, blocks, self.args.window(layer))
 
         return self.hidden(ids, block_positions(blocks.seqlens, ids.device), attend)
 
