@@ -123,7 +123,7 @@ STORED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 def check_stored(t: Tensor, name: str) -> None:
     "`ModelError` if weights are not floating-point numbers of 16 bits or more."
     if t.dtype in STORED_DTYPES: return
-    if t.dtype == FP8: raise ModelError(f"{name} is stored in float8_e4m3fn, without the scale that belongs to it")
+    if t.dtype == FP8: raise ModelError(f"{name} is stored in float8_e4m3fn, without the scale of its codes")
     kind = str(t.dtype).removeprefix("torch.")
     raise ModelError(f"{name} is stored in {kind}, which cannot be trained on: {UNPACKED_HINT}")
 

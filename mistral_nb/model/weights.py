@@ -90,7 +90,9 @@ def _safetensors(files: list[Path]) -> Iterator[tuple[str, FileTensor, Path]]:
             for file, f in opened:
                 for name in getattr(f, "offset_keys", f.keys)():
                     if is_vision(name) or name in weights.parts: continue
-                    yield name, weights[name], file
+                    try: tensor = weights[name]
+                    except ModelError as e: raise ModelError(f"{file}: {e}") from None
+                    yield name, tensor, file
         except SafetensorError as e:
             where = files[0] if len(files) == 1 else files[0].parent
             raise ModelError(f"{where} cannot be read ({e}): is its download complete?") from None

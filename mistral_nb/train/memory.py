@@ -74,7 +74,8 @@ def saved_bytes(job: StepShape) -> int:
     if job.dora: numbers += q + 2 * kv + 2 * wide + (k + 1) * a.dim  # products before their factor
     if job.expanded:  # wide keys, wide values, the parts of the output; masks
         numbers += 3 * q - 2 * kv
-        if a.sliding_window: numbers += a.sliding_window + 512
+        windows = a.sliding_window if isinstance(a.sliding_window, tuple) else (a.sliding_window,)
+        if any(windows): numbers += max(w or 0 for w in windows) + 512
     small = 4 * (a.n_heads + 2)  # logsumexp, norms
     if a.moe: small += k * (8 + 8 + 4 + 4)  # routes and shares
     return numbers * job.size + small
@@ -97,8 +98,8 @@ def live_bytes(job: StepShape) -> int:
 def unpacked_bytes(job: StepShape) -> int:
     "The largest matrix of a layer, if a product unpacks or turns it; DoRA takes the norms of a copy."
     largest = max(i * o for _, i, o in linear_shapes(job.model).values())
-    unpacked = {"none": 0, "nf4": job.size + 8, "int8": job.size + 4, "fp8": 2}[job.quantize]
-    return largest * (unpacked + 12 * job.dora)
+    packed = {"nf4": job.size + 8, "fp8_weight_only": job.size + 8, "int8": job.size + 4, "fp8": 2}
+    return largest * (packed.get(job.quantize, 0) + 12 * job.dora)
 
 # %% ../../nbs/train/68_memory.ipynb #memory
 @dataclass(frozen=True)
