@@ -1,5 +1,7 @@
 "Demo folders for the tests that run whole programs, and the order in which files are run."
+import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from mistral_nb.core.config import to_dict
 from mistral_nb.core.settings import load_args
@@ -104,3 +107,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def pack_fp8(folder: Path) -> None:
+    "Pack the matrices of a model folder as Mistral publishes fp8: e4m3 codes, and one scale for each matrix"
+    file, params = folder / "consolidated.safetensors", folder / "params.json"
+    state = load_file(file)
+    for name in [n for n in state if re.search(r"\.w[1-3kovq]\.weight$", n)]:
+        stem, scale = name.removesuffix("weight"), state[name].abs().max().float() / 448
+        state |= {name: (state[name] / scale).to(torch.float8_e4m3fn), f"{stem}qscale_weight": scale}
+        state[f"{stem}qscale_act"] = torch.tensor(0.1)
+    save_file(state, file)
+    packing = dict(quantization=dict(qformat_weight="fp8_e4m3", qscheme_act="TENSOR"))
+    params.write_text(json.dumps(json.loads(params.read_text()) | packing))

@@ -37,6 +37,9 @@ DIVIDED = {  # placement: shard
     "merged": dict(save_adapters=False),
     "full_recompute": FULL | dict(checkpoint=True),
     "hf": {},
+    "new": {},
+    "packed8": {},
+    "packed8_nf4": dict(quantize="nf4"),
 }
 COPIED = {"copied": {}, "moe_copied": {}, "full_copied": FULL}
 PIECES = {"pieces": 40, "moe_pieces": 40}  # most tokens at once
@@ -48,7 +51,7 @@ def trainer(root: Path, name: str, ranks: int, **values) -> Trainer:
     "The run of a variant"
     changes = (DIVIDED | COPIED).get(name, {}) | values
     lora = dict(rank=4, **changes.pop("lora", {}))
-    model = root / next((m for m in ("tied", "moe", "hf") if name.startswith(m)), "model")
+    model = root / next((m for m in ("tied", "moe", "hf", "new", "packed8") if name.startswith(m)), "model")
     settings = dict(
         model_id_or_path=str(model),
         data=dict(instruct_data=str(root / "data/train.jsonl"), eval_instruct_data=str(root / "few.jsonl")),

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 import ranks as worker
-from conftest import ROOT
+from conftest import ROOT, pack_fp8
 from mistral_nb.demo import make_data, make_model
-from mistral_nb.model.args import ModelArgs, MoeArgs
+from mistral_nb.model.args import ModelArgs, MoeArgs, QueryScaling, YarnArgs
 from mistral_nb.model.weights import load_model, save_tensors
 from mistral_nb.train.run_dir import checkpoints
 from mistral_nb.train.dist import FSDP_SINCE
@@ -61,9 +61,12 @@ def root(tmp_path_factory) -> Path:
     "Models and data"
     root = tmp_path_factory.mktemp("ranks")
     for name, change in dict(
-        model={}, tied=dict(tied_embeddings=True), moe=dict(moe=MoeArgs(num_experts=4, num_experts_per_tok=2))
+        model={}, tied=dict(tied_embeddings=True),
+        moe=dict(moe=MoeArgs(num_experts=4, num_experts_per_tok=2)), packed8={},
+        new=dict(sliding_window=(None, 24), yarn=YarnArgs(4.0, 32), llama_4_scaling=QueryScaling(32, 0.2)),
     ).items():
         make_model(root / name, 0, replace(SHAPE, **change))
+    pack_fp8(root / "packed8")
     to_hf(root / "model", root / "hf")
     make_data(root / "data")
     (root / "few.jsonl").write_text(

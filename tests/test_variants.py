@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import pack_fp8
 from mistral_nb.core.settings import load_args
 from mistral_nb.data.batches import eval_batches
 from mistral_nb.demo import make_data, make_model
 from mistral_nb.infer.chat import load_tuned
-from mistral_nb.model.args import ModelArgs, MoeArgs
+from mistral_nb.model.args import ModelArgs, MoeArgs, QueryScaling, YarnArgs
 from mistral_nb.model.lora import (
     adapter_off, adapter_state, lora_layers, add_adapters, add_adapters_like, init_pissa,
     load_adapter_state, merged_state, subtract_from_base,
@@ -231,6 +232,9 @@ SHAPE = ModelArgs(
     dim=64, n_layers=2, head_dim=16, hidden_dim=128, n_heads=4, n_kv_heads=2, norm_eps=1e-5,
     vocab_size=32768, rope_theta=1e6,
 )
+NEW = dict(  # windows of each layer, stretched positions, longer queries, as in Ministral
+    sliding_window=(None, 24), yarn=YarnArgs(4.0, 32), llama_4_scaling=QueryScaling(32, 0.2),
+)
 ALSO = ["norms", "embeddings", "output"]
 SMALL = 0.0275  # GiB, too small for a whole batch
 RUNS = {  # changes to the settings
@@ -264,6 +268,11 @@ RUNS = {  # changes to the settings
     "moe_dora": dict(lora=dict(dora=True)),
     "moe_nf4_some": dict(quantize="nf4", lora=dict(targets=["wo", "w2"])),
     "moe_pissa": dict(lora=dict(init="pissa")),
+    "new": {},
+    "new_nf4": dict(quantize="nf4", checkpoint=1),
+    "packed8": {},
+    "packed8_nf4": dict(quantize="nf4"),
+    "packed8_pieces": dict(memory_gib=SMALL),
     "stored16": {},
     "stored16_pissa": dict(lora=dict(init="pissa")),
     "stored16_also": dict(lora=dict(also_train=ALSO, dora=True)),
@@ -276,9 +285,10 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("variants")
     for name, change in dict(
         model={}, tied=dict(tied_embeddings=True),
-        moe=dict(moe=MoeArgs(num_experts=4, num_experts_per_tok=2)), stored16={},
+        moe=dict(moe=MoeArgs(num_experts=4, num_experts_per_tok=2)), stored16={}, new=NEW, packed8={},
     ).items():
         make_model(folder / name, 0, replace(SHAPE, **change))
+    pack_fp8(folder / "packed8")
     save_model(load_model(folder / "stored16", torch.bfloat16).state_dict(), SHAPE, folder / "stored16")
     make_data(folder / "data")
     return folder
@@ -288,7 +298,8 @@ def trainer(folder: Path, run: str, name: str, **values) -> Trainer:
     "The run of a variant, in the folder `run`"
     changes = RUNS[name] | values
     lora = dict(rank=4, **changes.pop("lora", {}))
-    model = folder / next((m for m in ("tied", "moe", "stored16") if name.startswith(m)), "model")
+    models = ("tied", "moe", "stored16", "new", "packed8")
+    model = folder / next((m for m in models if name.startswith(m)), "model")
     data = dict(instruct_data=str(folder / "data/train.jsonl"), cache=str(folder / "cache"))
     return Trainer(
         dict(
