@@ -1,4 +1,5 @@
 "Two steps of every variant on a device that is not there, through the public interface."
+import json
 import os
 import shutil
 import sys
@@ -10,12 +11,13 @@ from typing import Any, Callable
 
 import fake
 import torch
+from safetensors.torch import load_file, save_file
 
 fake.install(tuple(map(int, os.environ.get("CAP", "9.0").split("."))))
 from mistral_nb import Trainer, load_model  # noqa: E402
 from mistral_nb.demo import make_data, make_model  # noqa: E402
 from mistral_nb.infer.generate import stream_tokens  # noqa: E402
-from mistral_nb.model.args import ModelArgs, MoeArgs  # noqa: E402
+from mistral_nb.model.args import ModelArgs, MoeArgs, QueryScaling, YarnArgs  # noqa: E402
 from mistral_nb.model.weights import init_model, save_model  # noqa: E402
 
 SHAPE = dict(
@@ -46,6 +48,19 @@ def folder(home: Path, name: str, **changes: Any) -> str:
     save_model(init_model(args, dtype=torch.bfloat16).state_dict(), args, home / name)
     shutil.copy(next((home / "base").glob("tokenizer*")), home / name)
     return str(home / name)
+
+
+def pack_fp8(folder: Path) -> None:
+    "Pack a folder's matrices as fp8 files are published"
+    state = load_file(folder / "consolidated.safetensors")
+    for name in [n for n in state if ".attention.w" in n or ".feed_forward.w" in n]:
+        scale = state[name].abs().max().float() / 448
+        packed = (state[name] / scale).to(torch.float8_e4m3fn)
+        state |= {name: packed, f"{name.removesuffix('weight')}qscale_weight": scale}
+    save_file(state, folder / "consolidated.safetensors")
+    params = json.loads((folder / "params.json").read_text())
+    packing = dict(quantization=dict(qformat_weight="fp8_e4m3"))
+    (folder / "params.json").write_text(json.dumps(params | packing))
 
 
 def works(label: str, work: Callable[[], Any]) -> bool:
@@ -95,11 +110,21 @@ def main() -> int:
     make_model(home / "base")
     make_data(home / "data")
     dense, window = folder(home, "dense"), folder(home, "window", sliding_window=16)
+    layered = folder(
+        home, "layered", sliding_window=(None, 16), yarn=YarnArgs(4.0, 32),
+        llama_4_scaling=QueryScaling(32, 0.2),
+    )
     moe = folder(home, "moe", moe=MoeArgs(4, 2))
+    packed = folder(home, "packed")
+    pack_fp8(Path(packed))
     done = [trains(home, label, dense, changes) for label, changes in DENSE.items()]
     done.append(trains(home, "window", window, {}))
+    for kind in ("none", "nf4"): done.append(trains(home, f"layers {kind}", layered, dict(quantize=kind)))
+    for kind in ("none", "fp8", "nf4"):
+        done.append(trains(home, f"fp8 files {kind}", packed, dict(quantize=kind)))
     done += [trains(home, label, moe, changes) for label, changes in MOE.items()]
     done += [generates("plain", dense), generates("moe", moe), generates("window", window)]
+    done += [generates("layers with windows", layered), generates("fp8 files", packed)]
     done += [generates(kind, dense, quantize=kind) for kind in ("nf4", "fp8")]
     failed = done.count(False)
     print(f"{failed} failed")
