@@ -29,7 +29,7 @@ from mistral_nb.model.lora import init_lora
 from mistral_nb.model.lora import load_adapter_state
 from mistral_nb.model.lora import merged_state
 from mistral_nb.model.transformer import Transformer
-from mistral_nb.model.weights import extend_vocab
+from mistral_nb.export.vocab import extend_tables
 from mistral_nb.model.weights import load_model
 from mistral_nb.model.weights import read_tensors
 from mistral_nb.model.weights import save_tensors
@@ -163,7 +163,7 @@ def merge(folder, lora_file, scaling, dtype) -> dict[str, torch.Tensor]:
 
 def extend(checkpoint_file, out_dir, seed) -> dict[str, torch.Tensor]:
     "Weights of a 32000-token model with 32768 tokens"
-    state = extend_vocab(dict(read_tensors([Path(checkpoint_file)])), seed)
+    state = extend_tables(dict(read_tensors([Path(checkpoint_file)])), seed)
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     save_tensors(state, Path(out_dir) / "consolidated.safetensors")
     return state

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['OpenedWeights', 'read_tensors', 'wanted_spans', 'read_ahead', 'checked_tensors', 'read_model', 'ExpertStacks',
            'pack_kind', 'shard_empty', 'rows_for', 'take_rows', 'Arrival', 'init_model', 'save_model', 'save_tensors',
-           'sort_metadata', 'file_dtype', 'storage_of', 'packed_kinds', 'names_in', 'weights_digest', 'load_model',
-           'extend_vocab']
+           'sort_metadata', 'file_dtype', 'storage_of', 'packed_kinds', 'names_in', 'weights_digest', 'load_model']
 
 # %% ../../nbs/model/44_weights.ipynb #imports
 import hashlib
@@ -389,19 +388,3 @@ def load_model(
             _place(model, name, arrive(name, tensor, f"{folder}: {name}"))
     if args.tied_embeddings: model.output.weight = model.tok_embeddings.weight
     return model
-
-# %% ../../nbs/model/44_weights.ipynb #extend
-def extend_vocab(
-    state: dict[str, Tensor], seed: int | None = None, old: int = 32000, new: int = 32768
-) -> dict[str, Tensor]:
-    "Weights of a model with `old` tokens for `new`: rows 0 to 2 stay, then new rows, then the rest."
-    if seed is not None: torch.manual_seed(seed)
-    out = dict(state)
-    for name in ("tok_embeddings.weight", "output.weight"):
-        w = state[name]
-        if w.shape[0] != old:
-            raise ModelError(f"{name} has {w.shape[0]} rows: only a model with {old} tokens can be extended")
-        fresh = torch.empty(new - old, w.shape[1], dtype=w.dtype)
-        nn.init.normal_(fresh, std=w.shape[1] ** -0.5)
-        out[name] = torch.cat([w[:3], fresh, w[3:]])
-    return out
