@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['CONFIG', 'KINDS', 'Command', 'COMMANDS', 'made_demo', 'trained_on', 'demo_options', 'cmd_demo', 'train_options',
            'cmd_train', 'plan_options', 'cmd_plan', 'runs_options', 'cmd_runs', 'chat_options', 'talk_options',
-           'open_chat', 'cmd_chat', 'generate_options', 'cmd_generate', 'show_options', 'cmd_show', 'check_options',
-           'cmd_check', 'convert_options', 'cmd_convert', 'cache_options', 'cmd_cache', 'parser', 'main']
+           'open_chat', 'cmd_chat', 'generate_options', 'cmd_generate', 'complete_options', 'cmd_complete',
+           'extend_options', 'cmd_extend', 'show_options', 'cmd_show', 'check_options', 'cmd_check', 'convert_options',
+           'cmd_convert', 'cache_options', 'cmd_cache', 'parser', 'main']
 
 # %% ../nbs/90_cli.ipynb #imports
 import argparse
@@ -130,6 +131,9 @@ def chat_options(p: ArgumentParser) -> None:
     p.add_argument("--max-tokens", type=int, default=256, help="at most this many tokens in an answer")
     p.add_argument("--temperature", type=float, default=0.0, help="0 always takes the likeliest token")
     p.add_argument("--top-p", type=float, default=1.0, help="leave out the unlikely tail")
+    p.add_argument("--top-k", type=int, default=0, help="leave so many tokens; 0 leaves all")
+    repeats = "above 1: tokens that were there before become less likely"
+    p.add_argument("--repetition-penalty", type=float, default=1.0, help=repeats)
     same = "the same answers each time, at a temperature above 0"
     p.add_argument("--seed", type=int, default=None, help=same)
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -141,10 +145,6 @@ def talk_options(p: ArgumentParser) -> None:
     "Options of `mistral-nb chat`."
     p.add_argument("model", help="the model folder")
     chat_options(p)
-
-
-
-
 def open_chat(args: Namespace) -> Any:
     "A `Chat` from the options that chat and generate share."
     from mistral_nb.data.tokens import load_tokenizer
@@ -157,7 +157,8 @@ def open_chat(args: Namespace) -> Any:
     dtype = choose_dtype("auto", device, True, file_dtype(args.model))
     model = load_tuned(args.model, args.adapter, dtype, device, args.quantize)
     tokenizer, how = load_tokenizer(args.model), (args.max_tokens, args.temperature, args.top_p, args.seed)
-    return Chat(model, tokenizer, args.system, None, *how)
+    more = dict(top_k=args.top_k, repetition_penalty=args.repetition_penalty)
+    return Chat(model, tokenizer, args.system, None, *how, **more)
 
 # %% ../nbs/90_cli.ipynb #talk
 def cmd_chat(args: Namespace) -> int:
@@ -192,6 +193,49 @@ def cmd_generate(args: Namespace) -> int:
     if not prompts: raise ValueError("no prompt: give one as an argument, or one a line on standard input")
     if args.compare: print(chat.compare(prompts))
     else: print(safe_text("\n".join(chat.answers(prompts))))
+    return 0
+
+# %% ../nbs/90_cli.ipynb #complete
+def complete_options(p: ArgumentParser) -> None:
+    "Options of `mistral-nb complete`."
+    p.add_argument("model", help="the model folder")
+    begun = "one or more beginnings; without any, each line of standard input, until an empty one"
+    p.add_argument("text", nargs="*", help=begun)
+    gap = "write what stands between TEXT and this: for code models"
+    p.add_argument("--suffix", default=None, help=gap)
+    chat_options(p)
+
+
+def cmd_complete(args: Namespace) -> int:
+    "Go on with texts, without the markup of a chat."
+    from mistral_nb.infer.chat import options_of
+    from mistral_nb.infer.complete import complete, fill_in
+    if args.system: raise ValueError("--system: a text has no system prompt; put it before the text")
+    if args.suffix is not None and len(args.text) != 1:
+        raise ValueError(f"--suffix: give one text that stands before it, not {len(args.text)}")
+    chat = open_chat(args)
+    options = {k: v for k, v in options_of(chat).items() if k != "stop"}
+    if args.suffix is not None:
+        print(safe_text(fill_in(chat.model, chat.tokenizer, args.text[0], args.suffix, **options)))
+        return 0
+    texts = args.text or iter(lambda: sys.stdin.readline().rstrip("\n"), "")
+    for text in texts:
+        more = complete(chat.model, chat.tokenizer, [text], **options)[0]
+        print(safe_text(text + more), flush=True)
+    return 0
+
+# %% ../nbs/90_cli.ipynb #extend-vocab
+def extend_options(p: ArgumentParser) -> None:
+    "Options of `mistral-nb extend-vocab`."
+    p.add_argument("model", help="a folder with 7B v0.1 or v0.2, Mixtral 8x7B, or a model made of one")
+    p.add_argument("to", help="the new folder")
+    p.add_argument("--seed", type=int, default=0, help="of the new rows")
+
+
+def cmd_extend(args: Namespace) -> int:
+    "Give a model of 32,000 tokens the 32,768 of the v3 tokenizer."
+    from mistral_nb.export.vocab import extend_vocab
+    print(safe_text(f"wrote {extend_vocab(args.model, args.to, args.seed)}, with the tokenizer v3"))
     return 0
 
 # %% ../nbs/90_cli.ipynb #show
@@ -314,6 +358,10 @@ COMMANDS: dict[str, Command] = {
     "runs": (cmd_runs, runs_options, "list the runs in a folder, with their losses and checkpoints"),
     "chat": (cmd_chat, talk_options, "talk with a model, with or without an adapter"),
     "generate": (cmd_generate, generate_options, "answer prompts and stop"),
+    "complete": (cmd_complete, complete_options, "go on with texts, or fill the gap between two"),
+    "extend-vocab": (
+        cmd_extend, extend_options, "give a model of 32,000 tokens the 32,768 of the v3 tokenizer",
+    ),
     "show": (
         cmd_show, show_options, "show the tokens of lines of a data file, and which of them are trained on",
     ),

@@ -6,14 +6,14 @@
 __all__ = ['fused_rope', 'AdapterPair', 'rms_norm', 'rms_norm_recompute', 'rms_norm_backward', 'rms_norm_weight_grad', 'swiglu',
            'swiglu_backward', 'LoraSpec', 'split_layer', 'split_layers', 'apply_dropout', 'apply_split', 'input_grad',
            'adapter_grads', 'low_rank_grad', 'RMSNormFunction', 'NormProjections', 'AddProjection', 'SwiGLUResidual',
-           'RopeFunction', 'is_fusible', 'norm_projections', 'add_projection', 'add_swiglu']
+           'RopeFunction', 'run_function', 'is_fusible', 'norm_projections', 'add_projection', 'add_swiglu']
 
 # %% ../../nbs/model/40_fused.ipynb #imports
 from typing import Any, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn, Tensor
 
 from .attention import compile_on_gpu, rope, upcast
 from .lora import LoRALinear
@@ -223,6 +223,18 @@ class RopeFunction(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         return fused_rope(dy, cos, -sin), None, None
 
+# %% ../../nbs/model/40_fused.ipynb #without-graph
+class _NoContext:
+    "Keeps nothing for a backward pass that will not be."
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: pass
+
+
+def run_function(function: type[torch.autograd.Function], *args: Any) -> Any:
+    "`function.apply`, or its forward pass alone where no gradient is wanted."
+    if torch.is_grad_enabled(): return function.apply(*args)
+    return function.forward(_NoContext(), *args)
+
 # %% ../../nbs/model/40_fused.ipynb #use
 def is_fusible(layers: Sequence[nn.Module]) -> bool:
     "Whether every layer is a frozen matrix, with an adapter that only adds, or none."
@@ -238,18 +250,18 @@ def norm_projections(x: Tensor, before: nn.Module, layers: Sequence[nn.Module]) 
         h = before(x)
         return tuple(layer(h) for layer in layers)
     parts, pairs = split_layers(layers)
-    return NormProjections.apply(x, before.weight, before.eps, parts, *pairs)
+    return run_function(NormProjections, x, before.weight, before.eps, parts, *pairs)
 
 
 def add_projection(x: Tensor, residual: Tensor, layer: nn.Module) -> Tensor:
     "residual + layer(x)"
     if not is_fusible([layer]): return residual + layer(x)
     part, pair = split_layer(layer)
-    return AddProjection.apply(x, residual, part, *pair)
+    return run_function(AddProjection, x, residual, part, *pair)
 
 
 def add_swiglu(g: Tensor, u: Tensor, residual: Tensor, layer: nn.Module) -> Tensor:
     "residual + layer(silu(g) * u)"
     if not is_fusible([layer]): return residual + layer(F.silu(g) * u)
     part, pair = split_layer(layer)
-    return SwiGLUResidual.apply(g, u, residual, part, *pair)
+    return run_function(SwiGLUResidual, g, u, residual, part, *pair)

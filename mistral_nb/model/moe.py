@@ -178,19 +178,20 @@ class Experts(torch.autograd.Function):
         return torch.zeros_like(h).index_add_(0, token, dx), dshare, None, None, *grads1, *grads3, *grads2
 
 # %% ../../nbs/model/41_moe.ipynb #few
-FEW_ROWS = 4  # up to so many, each row goes to its experts by itself
+FEW_ROWS = 64  # up to so many, the bookkeeping of training costs more than it brings
 
 
 def moe_few(h: Tensor, share: Tensor, chosen: Tensor, experts: Sequence[nn.Module]) -> Tensor:
     "The mixture for a few inputs (T, dim), without gradients."
-    out, share = torch.zeros_like(h), share.to(h.dtype)
-    for row, picked in enumerate(chosen.tolist()):
-        x = h[row : row + 1]
-        for place, i in enumerate(picked):
-            e = experts[i]
-            y = e.w2(F.silu(e.w1(x)).mul_(e.w3(x)))
-            out[row : row + 1].addcmul_(y, share[row, place])
-    return out
+    (token, ends), order = sort_by_expert(chosen, len(experts))
+    x, parts, begin = h[token], [], 0
+    for e, end in zip(experts, ends.tolist()):
+        if end > begin:
+            rows = x[begin:end]
+            parts.append(e.w2(F.silu(e.w1(rows)).mul_(e.w3(rows))))
+        begin = end
+    y = torch.cat(parts).mul_(share.flatten()[order, None].to(h.dtype))
+    return torch.zeros_like(h).index_add_(0, token, y)
 
 # %% ../../nbs/model/41_moe.ipynb #moe-forward
 def moe_forward(h: Tensor, scores: Tensor, active: int, experts: Sequence[nn.Module]) -> Tensor:

@@ -17,7 +17,7 @@ from .args import ModelArgs, MoeArgs
 from .attention import block_positions, BlockIndex, make_rotation, packed_attention
 from .attention import Rotation
 from .fused import add_projection, add_swiglu, norm_projections, RMSNormFunction
-from .fused import RopeFunction
+from .fused import RopeFunction, run_function
 from .moe import moe_forward
 from .quant import Linear
 
@@ -29,7 +29,8 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor: return RMSNormFunction.apply(x, self.weight, self.eps)  # (T, dim)
+    def forward(self, x: Tensor) -> Tensor:  # (T, dim)
+        return run_function(RMSNormFunction, x, self.weight, self.eps)
 
 
 class FeedForward(nn.Module):
@@ -81,7 +82,7 @@ class Attention(nn.Module):
     ) -> Tensor:  # (T, dim)
         flat = norm_projections(x, norm, (self.wq, self.wk, self.wv))
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in flat)  # (T, heads, head_dim)
-        q, k = RopeFunction.apply(q, *turns.query), RopeFunction.apply(k, *turns.key)
+        q, k = run_function(RopeFunction, q, *turns.query), run_function(RopeFunction, k, *turns.key)
         out = attend(layer, q, k, v)
         return add_projection(out.flatten(-2), x, self.wo)
 
