@@ -147,11 +147,13 @@ def talk_options(p: ArgumentParser) -> None:
     chat_options(p)
 def open_chat(args: Namespace) -> Any:
     "A `Chat` from the options that chat and generate share."
+    from mistral_nb.core.hub import find_model
     from mistral_nb.data.tokens import load_tokenizer
     from mistral_nb.infer.chat import Chat, load_tuned
     from mistral_nb.model.args import load_model_args
     from mistral_nb.model.weights import file_dtype
     from mistral_nb.train.plan import choose_device, choose_dtype
+    args.model = find_model(args.model, fetch=True)
     load_model_args(args.model)  # says early if this is no model folder
     device = choose_device(args.device)
     dtype = choose_dtype("auto", device, True, file_dtype(args.model))

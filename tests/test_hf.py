@@ -314,3 +314,14 @@ def test_certify_template(tmp_path, template, same):
     found = certify(sample, load_tokenizer(tmp_path)).checks
     assert [c.same for c in found] == [True, True, same] and found[-1].what == "chat template", found
     if not same: assert found[-1].theirs
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_repetition_penalty(penalty, tmp_path):
+    "The ids that transformers writes with the same penalty"
+    theirs, mine = pair("dense", tmp_path)
+    prompt = ids(9)
+    theirs.generation_config.eos_token_id = None
+    how = dict(max_new_tokens=20, do_sample=False, pad_token_id=0, repetition_penalty=penalty)
+    want = theirs.generate(torch.tensor([prompt]), **how)[0, 9:].tolist()
+    assert generate(mine, [prompt], max_tokens=20, repetition_penalty=penalty)[0] == want

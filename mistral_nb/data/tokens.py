@@ -33,6 +33,7 @@ from mistral_common.tokens.tokenizers.instruct import InstructTokenizerV7
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
+from ..core.hub import find_model
 from .schema import are_joined, ChatSample, conversation_prefixes, error_text, Location
 from .schema import Sample, SampleError, TextSample
 
@@ -149,7 +150,7 @@ def load_tokenizer(where: str | Path) -> Tokenizer:
     if str(where).startswith(RAW_PREFIX):
         return as_finetune(load_tokenizer(str(where).removeprefix(RAW_PREFIX)))
     if str(where) in BUNDLED: return _bundled(str(where))
-    path = Path(where)
+    path = find_model(where)
     if not path.exists():
         way_out = f"give a model folder, a tokenizer file, or one of {', '.join(BUNDLED)}"
         raise TokenizerError(f"there is no tokenizer {str(where)!r}: {way_out}")

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import nn, Tensor
 
 from ..core.files import atomic_path, write_atomic
+from ..core.hub import find_model
 from .args import load_model_args, ModelArgs, ModelError, read_head, shape_file
 from .args import to_params
 from .layouts import check_finite, check_stored, FileTensor, fp8_scales, from_bitsandbytes
@@ -372,6 +373,7 @@ def load_model(
     place: Callable[[nn.Module], None] | None = None,  # divides the rows among processes, see train.dist
 ) -> Transformer:
     "The frozen model in `folder`; `ModelError` names what is missing or does not fit."
+    folder = find_model(folder)
     args, device = load_model_args(folder), torch.device(device)
     with torch.device("meta"): model = Transformer(args)
     wanted = {n: tuple(p.shape) for n, p in model.named_parameters()}

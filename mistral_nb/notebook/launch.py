@@ -25,7 +25,8 @@ import torch
 from ..core.config import require
 from ..core.display import escape
 from ..core.files import write_atomic
-from ..core.settings import TrainArgs, check_paths, load_args, save_args
+from ..core.hub import local_model
+from ..core.settings import check_paths, load_args, save_args, TrainArgs
 from .failure import JobFailedError
 from .job import Job, PlainText, write_job
 from ..train.metrics import JsonLines
@@ -218,7 +219,7 @@ def launch(
     **values: Any,  # settings by name
 ) -> Job | MultiNodeJob:
     "Start a run under torchrun and return at once; `ConfigError` before that if the settings cannot be used."
-    args = check_paths(load_args(source, *overrides, **values))
+    args = check_paths(local_model(load_args(source, *overrides, **values), fetch=True))
     for name, value in (
         ("nnodes", nnodes), ("nproc_per_node", 1 if nproc_per_node is None else nproc_per_node),
     ):

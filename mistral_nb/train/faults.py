@@ -18,6 +18,7 @@ import torch
 
 from ..core.config import ConfigError
 from ..core.display import short_path
+from ..core.hub import HubError
 from ..data.columns import DataError, TokenFile
 from ..data.schema import SampleError
 from ..data.tokens import TokenizerError
@@ -121,7 +122,7 @@ def rank_prefix() -> str:
 # %% ../../nbs/train/74_faults.ipynb #exit
 USER_ERRORS = (
     OSError, ImportError, torch.OutOfMemoryError, ConfigError, DataError, SampleError, TokenizerError,
-    ModelError, CheckpointError, FloatingPointError,
+    ModelError, CheckpointError, FloatingPointError, HubError,
 )
 EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130}
 

@@ -19,20 +19,23 @@ from typing import Any, Callable, Iterator
 import torch
 
 from ..core.config import require, to_dict
-from ..core.settings import TrainArgs, check_paths, load_args
+from ..core.hub import local_model
+from ..core.settings import check_paths, load_args, TrainArgs
 from ..data.batches import eval_batches
 from ..data.pack import Batch
 from . import dist, faults
 from .build import effective_scaling, open_session
 from .checkpoint import checkpoint_files, rng_state
 from .loss import perplexity
-from .metrics import EvalLog, History, StepLog, peak_memory_gib, show_progress
+from .metrics import EvalLog, History, peak_memory_gib, show_progress, StepLog
 from .optim import beta1_at, lr_at, set_lr
 from .resume import find_start, restore
-from .run_dir import CheckpointError, RunLock, check_run_dir_free, checkpoint_dir, checkpoints
-from .session import Session, SessionParts, run_table
-from .step import NotFiniteError, mean_loss, train_step
-from .stop import Interrupted, StopOnSignal, Watchdog, record_stop, stop_file, stop_requested
+from .run_dir import check_run_dir_free, checkpoint_dir, CheckpointError, checkpoints
+from .run_dir import RunLock
+from .session import run_table, Session, SessionParts
+from .step import mean_loss, NotFiniteError, train_step
+from .stop import Interrupted, record_stop, stop_file, stop_requested, StopOnSignal
+from .stop import Watchdog
 from .tracking import RunLog
 
 # %% ../../nbs/train/75_loop.ipynb #one-step
@@ -224,7 +227,8 @@ class Trainer(SessionParts):
         *overrides: str,  # `a.b=c`
         **values: Any,  # settings by name
     ):
-        self.run = open_session(check_paths(load_args(source, *overrides, **values)))
+        args = local_model(load_args(source, *overrides, **values), fetch=True)
+        self.run = open_session(check_paths(args))
 
     def steps(self) -> Iterator[StepLog]:
         "A record for each step up to max_steps; evaluates and saves on the way"

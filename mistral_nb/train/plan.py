@@ -17,6 +17,7 @@ import torch
 
 from ..core.config import ConfigError
 from ..core.display import Table
+from ..core.hub import local_model
 from ..core.settings import check_paths, load_args, TrainArgs
 from ..data.cache import available_cores
 from ..model.args import load_model_args, ModelArgs
@@ -272,7 +273,7 @@ def make_plan(
 # %% ../../nbs/train/69_plan.ipynb #plan
 def plan(source=None, *overrides: str, **values) -> Plan:
     "What the run of these settings (as for `load_args`) needs, against the device that it would run on."
-    args = check_paths(load_args(source, *overrides, **values))
+    args = check_paths(local_model(load_args(source, *overrides, **values)))
     folder = Path(args.model_id_or_path)
     model = load_model_args(folder)  # says first if this model cannot be trained
     has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.pth"))  # params.json alone will do
