@@ -6,8 +6,9 @@
 __all__ = ['CONFIG', 'KINDS', 'Command', 'COMMANDS', 'made_demo', 'trained_on', 'demo_options', 'cmd_demo', 'train_options',
            'cmd_train', 'plan_options', 'cmd_plan', 'runs_options', 'cmd_runs', 'chat_options', 'talk_options',
            'open_chat', 'cmd_chat', 'generate_options', 'cmd_generate', 'complete_options', 'cmd_complete',
-           'extend_options', 'cmd_extend', 'show_options', 'cmd_show', 'check_options', 'cmd_check', 'convert_options',
-           'cmd_convert', 'cache_options', 'cmd_cache', 'parser', 'main']
+           'extend_options', 'cmd_extend', 'models_options', 'cmd_models', 'download_options', 'cmd_download',
+           'show_options', 'cmd_show', 'check_options', 'cmd_check', 'convert_options', 'cmd_convert', 'cache_options',
+           'cmd_cache', 'parser', 'main']
 
 # %% ../nbs/90_cli.ipynb #imports
 import argparse
@@ -240,6 +241,37 @@ def cmd_extend(args: Namespace) -> int:
     print(safe_text(f"wrote {extend_vocab(args.model, args.to, args.seed)}, with the tokenizer v3"))
     return 0
 
+# %% ../nbs/90_cli.ipynb #hub
+def models_options(p: ArgumentParser) -> None:
+    "Options of `mistral-nb models`."
+    p.add_argument("words", nargs="*", help="words of a name; all models without any")
+    p.add_argument("--gpu", default=None, help="T4, L4, A100, H100, H200, or GiB; this machine by default")
+    p.add_argument("--trains", action="store_true", help="only those that can be trained")
+    p.add_argument("--fits", action="store_true", help="only those that fit")
+
+
+def cmd_models(args: Namespace) -> int:
+    "Mistral's open models, what each needs and what fits."
+    from mistral_nb.train.models import models
+    try: gpu: str | float | None = float(args.gpu or "no")
+    except ValueError: gpu = args.gpu
+    print(models(" ".join(args.words), gpu, args.trains, args.fits))
+    return 0
+
+
+def download_options(p: ArgumentParser) -> None:
+    "Options of `mistral-nb download`."
+    p.add_argument("name", help="a short name, see `mistral-nb models`, or a name on the Hub")
+    p.add_argument("--folder", default=None, help="where to; by default the Hub's cache")
+    p.add_argument("--source", choices=("hub", "tar"), default="", help="the Hub, or Mistral's tar file")
+
+
+def cmd_download(args: Namespace) -> int:
+    "Fetch a model, and print its folder."
+    from mistral_nb.core.hub import download
+    print(safe_text(str(download(args.name, args.folder, args.source))))
+    return 0
+
 # %% ../nbs/90_cli.ipynb #show
 KINDS = ("instruct", "pretrain")
 
@@ -358,6 +390,8 @@ COMMANDS: dict[str, Command] = {
     "train": (cmd_train, train_options, "train as a YAML file says (the keys are mistral-finetune's)"),
     "plan": (cmd_plan, plan_options, "the memory that a run needs, part by part, against the device"),
     "runs": (cmd_runs, runs_options, "list the runs in a folder, with their losses and checkpoints"),
+    "models": (cmd_models, models_options, "list Mistral's open models, what each needs, and what fits"),
+    "download": (cmd_download, download_options, "fetch a model by its name"),
     "chat": (cmd_chat, talk_options, "talk with a model, with or without an adapter"),
     "generate": (cmd_generate, generate_options, "answer prompts and stop"),
     "complete": (cmd_complete, complete_options, "go on with texts, or fill the gap between two"),

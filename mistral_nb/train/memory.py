@@ -158,7 +158,7 @@ def step_memory(
     width = job.size if job.full else 4
     kept = (a.n_layers - recompute) * saved_bytes(job)
     kept += (recompute + 1) * a.dim * job.size  # inputs of recomputed layers and of the last norm
-    kept += 4 * a.head_dim + 17  # rotations, ids
+    kept += 4 * a.head_dim * (2 if a.llama_4_scaling else 1) + 17  # rotations, ids
     live = live_bytes(job) + (saved_bytes(job) if recompute else 0)
     return Memory(
         weights=share_bytes(job),
