@@ -180,7 +180,8 @@ def named_calls(results: list[dict], calls: list[dict], notes: list[str]) -> lis
     if any(i and k is None for i, k in zip(ids, named)):
         notes.append("a result names a call that was not made")
     if all(k is None for k in named) and len(calls) > 1:
-        named = [names.index(r["name"]) if names.count(r.get("name")) == 1 else None for r in results]
+        said = [r.get("name") for r in results]
+        named = [names.index(name) if name and names.count(name) == 1 else None for name in said]
         if any(k is not None for k in named): notes.append("results paired by the names of their functions")
     if len(calls) == len(results) == 1 and results[0].get("name") not in (None, names[0]):
         notes.append("a result has another function's name than its call")
@@ -251,25 +252,23 @@ def finish_draft(draft: DraftChat, whole: bool = False) -> list[dict]:
     "Messages that can be trained on, text and call in one if `whole`; `RefusedRowError` without an answer."
     todo, notes = [m for m in draft.messages if m is not None], draft.notes
     system = take_system_messages(todo, notes)
-    out = until_cut(todo, whole, notes)
+    out, why = until_cut(todo, whole, notes)
     last = max((i for i, m in enumerate(out, 1) if m["role"] == "assistant"), default=0)
     if last < len(out): notes.append("messages after the last answer left out")
-    if not last:
-        why = next((note for note in notes if "empty" in note or "cut" in note), "")
-        raise RefusedRowError("there is no answer to train on", why)
+    if not last: raise RefusedRowError("there is no answer to train on", why)
     if not any(m["role"] == "user" for m in out[:last]):
         raise RefusedRowError("there is no message of a user before the answers")
     return ([{"role": "system", "content": system}] if system else []) + out[:last]
 
 
-def until_cut(todo: list[dict], whole: bool, notes: list[str]) -> list[dict]:
-    "The messages up to the first that cannot stay; the list loses them."
+def until_cut(todo: list[dict], whole: bool, notes: list[str]) -> tuple[list[dict], str]:
+    "The messages up to the first that cannot stay, which the list loses, and why it cannot."
     out: list[dict] = []
     while todo:
         m = todo.pop(0)
         if why := _ends_before(m, out):
             notes.append(_cut(why, todo))
-            return out
+            return out, notes[-1]
         out += _parted(m, whole, notes)
         if not m.get("tool_calls") or not todo: continue
         results, calls = _results_behind(todo, notes), m["tool_calls"]
@@ -277,6 +276,6 @@ def until_cut(todo: list[dict], whole: bool, notes: list[str]) -> list[dict]:
         paired = match_results(results, calls, notes) if enough else None
         if paired is None:
             notes.append(_cut("a call without a result", todo))
-            return out
+            return out, notes[-1]
         out += paired
-    return out
+    return out, ""
