@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEDIA_PARTS', 'THOUGHT_KEYS', 'TRAIN_FLAGS', 'ID_LETTERS', 'UsedKeys', 'message_text', 'content_part',
-           'message_content', 'is_blank', 'add_thoughts', 'thought_beside', 'without_thoughts', 'parse_flag',
-           'answer_weight', 'CallIds']
+           'message_content', 'is_blank', 'split_blocks', 'add_thoughts', 'thought_beside', 'without_thoughts',
+           'parse_flag', 'answer_weight', 'CallIds']
 
 # %% ../../nbs/data/15_content.ipynb #imports
 import hashlib
@@ -103,6 +103,41 @@ def is_blank(content: Any) -> bool:
     "Whether a message says nothing."
     if isinstance(content, str): return not content.strip()
     return not any((p.get("text") or p.get("thinking") or "").strip() for p in content or [])
+
+# %% ../../nbs/data/15_content.ipynb #blocks
+def split_blocks(message: Any) -> list:
+    "A message whose content holds calls or results, as Anthropic and Bedrock write them, as messages of ours."
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list): return [message]
+    results, calls, rest = [], [], []
+    for part in map(_block, content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "tool_use": calls.append({k: v for k, v in part.items() if k != "type"})
+        elif kind == "tool_result":
+            others = {k: v for k, v in part.items() if k not in ("type", "tool_use_id")}
+            results.append({"role": "tool", "tool_call_id": part.get("tool_use_id"), **others})
+        else: rest.append(part)
+    if not calls and not results: return [message]
+    said = {**message, "content": rest}
+    if calls: said["tool_calls"] = [*(message.get("tool_calls") or []), *calls]
+    return [*results, said] if rest or calls or len(message) > 2 else results
+
+
+def _block(part: Any) -> Any:
+    "A part in Anthropic's spelling"
+    if not isinstance(part, dict): return part
+    if isinstance(call := part.get("toolUse"), dict):
+        return {"type": "tool_use", "id": call.get("toolUseId"), **_without(call, "toolUseId")}
+    if not isinstance(found := part.get("toolResult"), dict): return part
+    said = [p["json"] if isinstance(p, dict) and "json" in p else p for p in found.get("content") or []]
+    if len(said) == 1 and said[0] not in found["content"]: said = said[0]
+    return {
+        "type": "tool_result", "tool_use_id": found.get("toolUseId"), "content": said,
+        **_without(found, "toolUseId", "content"),
+    }
+
+
+def _without(thing: dict, *keys: str) -> dict: return {k: v for k, v in thing.items() if k not in keys}
 
 # %% ../../nbs/data/15_content.ipynb #thoughts
 _THINK = re.compile(r"\s*<(think|thinking)>(.*?)</\1>\s*", re.S)

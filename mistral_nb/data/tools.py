@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['TYPE_NAMES', 'LIST_KEYWORDS', 'OBJECT_KEYWORDS', 'check_keywords', 'allow_null', 'clean_schema', 'parse_json_text',
-           'normalize_tools', 'normalize_arguments', 'is_json', 'normalize_call', 'normalize_calls', 'is_null']
+           'normalize_tools', 'normalize_arguments', 'is_json', 'normalize_call', 'normalize_calls', 'is_null',
+           'python_calls', 'calls_in_text', 'tools_in_text']
 
 # %% ../../nbs/data/16_tools.ipynb #imports
+import ast
 import json
 import re
 from typing import Any
@@ -251,3 +253,124 @@ def normalize_calls(value: Any, ids: CallIds, tools: list[dict], notes: list[str
 def is_null(call: Any) -> bool:
     "Whether nothing in a call has a value, as in a column of a table."
     return isinstance(call, dict) and all(value is None for value in call.values())
+
+# %% ../../nbs/data/16_tools.ipynb #python-calls
+_CALL_HEAD = re.compile(r"\s*([A-Za-z_][\w .\-/]*?)\s*\(")
+_JSON_WORDS = {"true": True, "false": False, "null": None}
+
+
+def python_calls(text: str) -> list[dict]:
+    "The calls in a text such as `[f(a=1), g()]`; `ValueError` for others."
+    text = text.strip()
+    if not text.startswith("[") or not text.endswith("]"): raise ValueError("no list of calls")
+    found, at = [], 1
+    while head := _CALL_HEAD.match(text, at):
+        arguments, at = _python_arguments(text, head.end())
+        found.append({"name": head[1], "arguments": arguments})
+        if text[at:].lstrip()[:1] != ",": break
+        at = text.index(",", at) + 1
+    if not found or text[at:].strip() != "]": raise ValueError("no list of calls")
+    return found
+
+
+def _python_arguments(text: str, begin: int) -> tuple[dict, int]:
+    "Named arguments that begin at a place of a text, and the place behind their bracket"
+    end = begin
+    for _ in range(200):  # brackets may stand in a text
+        end = text.find(")", end) + 1
+        if not end: break
+        try: call = ast.parse(f"f({text[begin:end]}", mode="eval").body
+        except (SyntaxError, ValueError, RecursionError, MemoryError): continue
+        if call.args or any(k.arg is None for k in call.keywords): break
+        return {k.arg: _literal(k.value) for k in call.keywords}, end
+    raise ValueError("no named arguments")
+
+
+def _literal(node: ast.AST) -> Any:
+    "What an argument says, with JSON's words for True, False and None"
+    class Words(ast.NodeTransformer):
+        def visit_Name(self, name: ast.Name) -> ast.AST:  # noqa: N802
+            return ast.Constant(_JSON_WORDS[name.id]) if name.id in _JSON_WORDS else name
+
+    value = ast.literal_eval(Words().visit(node))
+    json.dumps(value)  # sets, bytes and the like are no data
+    return value
+
+# %% ../../nbs/data/16_tools.ipynb #calls-in-text
+_TAGGED = re.compile(r"<(tool_calls?|function_?calls?)>(.*?)(?:</\1>|(?=<\1>)|$)", re.S)
+_ENDS = re.compile(r"\s*(?:<\|(?:endoftext|im_end|eot_id|eom_id)\|>|</s>)\s*$")
+_FENCE = re.compile(r"```(?:json|python)?\s*\n(.*?)\n?\s*```", re.S)
+_CALL_KEYS = {"name", "arguments", "parameters", "args", "input", "id", "type"}
+
+
+def calls_in_text(text: str) -> tuple[str, list[dict]] | None:
+    "`(words before, calls)` of a text that ends in calls: in tags, as JSON, or as in Python; None for others."
+    text, tagged = _ENDS.sub("", text), []
+    for found in _TAGGED.finditer(text): tagged.append(found)
+    before = text[: tagged[0].start()] if tagged else ""
+    if tagged and _TAGGED.sub("", text[len(before) :]).strip(): return None
+    try: calls = [c for t in ([m[2] for m in tagged] or [text]) for c in _written_calls(t)]
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError): return None
+    return (before.strip(), calls) if calls and all(map(_is_call, calls)) else None
+
+
+def _written_calls(text: str) -> list:
+    "The objects in a text that is nothing but calls"
+    text = text.strip().removeprefix("[TOOL_CALLS]").strip()
+    if fenced := _FENCE.fullmatch(text): text = fenced[1].strip()
+    if re.match(r"\[\s*[A-Za-z_]", text): return python_calls(text)
+    if text[:1] not in ("{", "["): raise ValueError("neither an object nor a list")
+    try: value = parse_lenient(text)
+    except ValueError:  # several objects, a line each
+        value = [parse_lenient(line) for line in text.splitlines() if line.strip()]
+    return value if isinstance(value, list) else [value]
+
+
+def _is_call(value: Any) -> bool:
+    "Whether an object is a call: a name, arguments, and no more than a call has"
+    if not isinstance(value, dict): return False
+    inner = value["function"] if isinstance(value.get("function"), dict) else value
+    has_name = isinstance(inner.get("name"), str) and inner["name"].strip()
+    return bool(has_name) and inner.keys() <= _CALL_KEYS and len(inner) > 1
+
+# %% ../../nbs/data/16_tools.ipynb #tools-in-text
+_DECODER = json.JSONDecoder()
+_LESSON = re.compile(r"</?tools?>|</?tool_call|<functioncall|XML tags|\[func|func(?:tion)?_?(?:name)?1?\(|pydantic", re.I)
+
+
+def tools_in_text(text: str, named: bool = False) -> tuple[str, list[dict]] | None:
+    "`(the other words, functions)` of a system prompt that lists functions; with `named` a name is enough."
+    for opened in re.finditer(r"\[\s*\{|\{\s*\"", text):
+        found, end = _functions_at(text, opened.start(), named)
+        if not found: continue
+        return _words_around(text[: opened.start()], text[end:]), found
+    return None
+
+
+def _functions_at(text: str, at: int, named: bool) -> tuple[list[dict], int]:
+    "The functions that stand one behind the other from a place on, and the place behind them"
+    found, end = [], at
+    while at < len(text) and text[at] in "[{":
+        try: value, at = _DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError): break
+        every = value if isinstance(value, list) else [value]
+        if not every or not all(_is_function(f, named) for f in every): break
+        found, end = found + every, at
+        at += len(text[at:]) - len(text[at:].lstrip(" \t\r\n,"))
+    return found, end
+
+
+def _is_function(value: Any, named: bool) -> bool:
+    "Whether an object describes a function"
+    if not isinstance(value, dict): return False
+    inner = value["function"] if isinstance(value.get("function"), dict) else value
+    return isinstance(inner.get("name"), str) and (named or isinstance(inner.get("parameters"), dict))
+
+
+def _words_around(before: str, behind: str) -> str:
+    "What a prompt says besides its tools: not what leads to the list, nor how a call is written"
+    kept = [s for s in re.findall(r"\S.*?(?:[.!?](?=\s|$)|\n|$)", before, re.S) if not _LESSON.search(s)]
+    if kept and not kept[-1].rstrip().endswith((".", "!", "?")): kept.pop()
+    behind = re.sub(r"^(?:\s*</tools>)?[\s.]*", "", behind)
+    words = [" ".join(s.strip() for s in kept), "" if _LESSON.search(behind) else behind.strip()]
+    return "\n\n".join(w for w in words if w)
