@@ -369,8 +369,8 @@ def _is_function(value: Any, named: bool) -> bool:
 
 def _words_around(before: str, behind: str) -> str:
     "What a prompt says besides its tools: not what leads to the list, nor how a call is written"
-    kept = [s for s in re.findall(r"\S.*?(?:[.!?](?=\s|$)|\n|$)", before, re.S) if not _LESSON.search(s)]
+    kept = [s for s in re.findall(r"\s*\S.*?(?:[.!?](?=\s|$)|(?=\n)|$)", before, re.S) if not _LESSON.search(s)]
     if kept and not kept[-1].rstrip().endswith((".", "!", "?")): kept.pop()
     behind = re.sub(r"^(?:\s*</tools>)?[\s.]*", "", behind)
-    words = [" ".join(s.strip() for s in kept), "" if _LESSON.search(behind) else behind.strip()]
+    words = ["".join(kept).strip(), "" if _LESSON.search(behind) else behind.strip()]
     return "\n\n".join(w for w in words if w)
