@@ -56,8 +56,8 @@ def rows_of_value(value: Any) -> list:
 
 # %% ../../nbs/data/12_files.ipynb #columns
 NESTED_ROWS = (
-    "messages", "conversations", "conversation", "interactions", "tools", "functions", "available_tools",
-    "tool_calls",
+    "messages", "conversations", "conversation", "interactions", "chat", "dialogue", "dialog", "contents",
+    "tools", "functions", "available_tools", "tool_calls",
 )
 
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_DEPTH', 'to_plain_values', 'is_too_deep', 'parse_json_cells', 'Rows', 'read_rows', 'without_nulls',
-           'RefusedRowError', 'write_rows', 'to_json_line', 'row_groups', 'count_of', 'train_eval_split']
+           'RefusedRowError', 'tree_root', 'tree_paths', 'article_rows', 'instance_rows', 'write_rows', 'to_json_line',
+           'row_groups', 'count_of', 'train_eval_split']
 
 # %% ../../nbs/data/13_rows.ipynb #imports
 import json
@@ -143,6 +144,64 @@ class RefusedRowError(ValueError):
         super().__init__(f"{what}: {detail}" if detail else what)
 
     def __reduce__(self): return type(self), (self.what, self.detail)  # survives a process pool
+
+# %% ../../nbs/data/13_rows.ipynb #trees
+def tree_root(row: dict) -> dict | None:
+    "The first message of a row that is a tree of messages, each with its replies."
+    prompt = row.get("prompt")
+    for node in (prompt, row):
+        if isinstance(node, dict) and isinstance(node.get("replies"), list): return node
+    return None
+
+
+def tree_paths(row: dict) -> list[ReadRow]:
+    "A row for each way from a tree's first message down to a last answer, best ranks first."
+    root = tree_root(row)
+    beside = {} if root is row else {k: v for k, v in row.items() if k != "prompt"}
+    paths, seen, out = [], set(), []
+    _walk(root, [], paths)
+    for path in paths:
+        messages = []
+        for node in path:
+            said = {k: v for k, v in node.items() if k != "replies"}
+            if id(node) in seen and _answers(node): said["weight"] = 0
+            messages.append(said)
+        seen |= set(map(id, path))
+        out.append(ReadRow({**beside, "messages": messages}))
+        out[-1].notes = ("a tree of replies read as a conversation for each way to a last answer, by rank",)
+        shared = "answers that an earlier conversation of the tree has, too, not trained again"
+        if any(m.get("weight") == 0 for m in messages): out[-1].notes += (shared,)
+    return out
+
+
+def _walk(node: dict, path: list[dict], paths: list[list[dict]]) -> None:
+    "Add the ways below a node that end in an answer"
+    path, before = [*path, node], len(paths)
+    replies = [r for r in node.get("replies") or [] if isinstance(r, dict) and not r.get("deleted")]
+    for reply in sorted(replies, key=lambda r: r["rank"] if isinstance(r.get("rank"), int | float) else 1e9):
+        _walk(reply, path, paths)
+    if len(paths) == before and _answers(node): paths.append(path)
+
+
+def _answers(node: dict) -> bool: return str(node.get("role")).lower() in ("assistant", "bot", "model", "gpt")
+
+# %% ../../nbs/data/13_rows.ipynb #nested
+def article_rows(row: dict) -> list[dict]:
+    "A row for each question of an article with passages, as SQuAD's file has them."
+    beside = {k: v for k, v in row.items() if k not in ("paragraphs", "qas")}
+    passages = row["paragraphs"] if isinstance(row.get("paragraphs"), list) else [row]
+    out = []
+    for passage in passages:
+        if not isinstance(passage, dict): continue
+        context = {k: v for k, v in passage.items() if k not in ("qas", "paragraphs")}
+        out += [{**beside, **context, **qa} for qa in passage.get("qas") or [] if isinstance(qa, dict)]
+    return out
+
+
+def instance_rows(row: dict) -> list[dict]:
+    "A row for each instance of an instruction, as Self-Instruct's seeds have them."
+    beside = {k: v for k, v in row.items() if k != "instances"}
+    return [{**beside, **i} for i in row["instances"] if isinstance(i, dict)]
 
 # %% ../../nbs/data/13_rows.ipynb #write
 def write_rows(rows: Iterable[dict], path: str | Path, overwrite: bool = False) -> int:
