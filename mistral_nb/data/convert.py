@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['MEDIA_KEYS', 'APPROVAL_KEYS', 'REJECTION_KEYS', 'FLAG_KEYS', 'PASSED_KEYS', 'refuse_unwanted', 'texts_of_row',
-           'oddity_notes', 'convert_row', 'Conversion', 'conversion_table', 'check_target', 'kept_rows', 'convert',
-           'refused_file', 'write_refused', 'finetune_reformat']
+           'oddity_notes', 'rows_in', 'convert_row', 'Conversion', 'conversion_table', 'check_target', 'kept_rows',
+           'convert', 'refused_file', 'write_refused', 'finetune_reformat']
 
 # %% ../../nbs/data/19_convert.ipynb #imports
 import ast
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import chain
@@ -18,7 +19,8 @@ from typing import Any, Callable, Iterator
 
 from ..core.display import Table, one_line
 from .content import CallIds, UsedKeys, answer_weight, parse_flag
-from .formats import FORMATS, READ_FORMATS, guess_format, named_columns
+from .formats import FORMATS, READ_FORMATS, Format, check_names, guess_format, named_columns
+from .formats import named_format
 from .formats import UnknownFormatError  # noqa: F401
 from .markup import CONTROL, find_marks
 from .messages import ROLE_NAMES, DraftChat, MessageReader, UnreadableCallError
@@ -125,26 +127,40 @@ def _try(row: dict) -> None:
         raise RefusedRowError(f"training would refuse the row ({e.code})", problem) from None
 
 # %% ../../nbs/data/19_convert.ipynb #row
+def rows_in(row: Any, form: Format) -> list:
+    "The rows that a row holds: itself, or several of another format; `RefusedRowError` if it holds none."
+    if not form.split or not isinstance(row, dict) or not form.fits(named_columns(row)[0]): return [(row, form)]
+    found = form.split(named_columns(row)[0])
+    if not found: raise RefusedRowError(f"{form.looks}: there is no answer in it")
+    return [(part, FORMATS[form.parts]) for part in found]
+
+
 def convert_row(
     row: Any,
-    format: str,  # a key of `FORMATS`
+    format: str | Format,  # a key of `FORMATS`
     seed: int = 0,  # for the ids of calls
-    number: int = 0,  # of the row
+    number: Any = 0,  # of the row
     version: int | None = None,  # of the tokenizer, if it is known
 ) -> tuple[dict, list[str]]:
     "`(row for training, notes)`; `RefusedRowError` with the reason."
     if not isinstance(row, dict): raise RefusedRowError("a row is not an object", one_line(repr(row), 40))
     named, names = named_columns(row)
-    fields, form = UsedKeys(named, "row", names), FORMATS[format]
-    notes = [*getattr(row, "notes", ()), *refuse_unwanted(fields, format == "text")]
-    if format != "preference" and FORMATS["preference"].fits(named): FORMATS["preference"].read(fields, None)
+    form = FORMATS[format] if isinstance(format, str) else format
+    fields = UsedKeys(named, "row", names)
+    notes = [*getattr(row, "notes", ()), *refuse_unwanted(fields, form.name == "text")]
+    compared = FORMATS["preference"]
+    if isinstance(format, str) and form is not compared and compared.fits(named): compared.read(fields, None)
     if not form.fits(named):
         keys = one_line(", ".join(map(str, row)) or "nothing", 60)
-        raise RefusedRowError(f"not a row of {format} ({form.looks})", f"it has {keys}")
+        raise RefusedRowError(f"not a row of {form.name} ({form.looks})", f"it has {keys}")
+    if form.split:
+        (row, form), *more = rows_in(row, form)
+        if more: raise RefusedRowError("the row holds several", "give it to convert")
+        return convert_row(row, form.name, seed, number, version)
     try: out, found = _converted(fields, form, MessageReader(CallIds(seed, [number, row]), version))
     except RefusedRowError: raise
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
-        raise RefusedRowError(f"not a row of {format}", one_line(e, 60)) from None
+        raise RefusedRowError(f"not a row of {form.name}", one_line(e, 60)) from None
     return out, list(dict.fromkeys([*notes, *found, *fields.left(), *sorted(oddity_notes(out))]))
 
 # %% ../../nbs/data/19_convert.ipynb #result
@@ -215,20 +231,49 @@ def check_target(source: Any, to: Path, overwrite: bool) -> None:
 
 # %% ../../nbs/data/19_convert.ipynb #kept-rows
 def kept_rows(
-    stream: Rows, out: Conversion, notes: Counter, seed: int, version: int | None
+    stream: Rows, out: Conversion, notes: Counter, seed: int, version: int | None, form: Format | None = None
 ) -> Iterator[dict]:
     "The converted rows of a stream; `out` and `notes` count on the way."
+    form = form or FORMATS[out.format]
     for number, (where, row) in enumerate(stream):
-        try:
-            if isinstance(row, SampleError):
-                what = "the text is not UTF-8" if row.code == "encoding" else "it cannot be read"
-                raise RefusedRowError(what, row.problem)
-            found, changed = convert_row(row, out.format, seed, number, version)
-        except RefusedRowError as e: out.refuse(where, number, row, e)
-        else:
-            notes.update(changed)
-            out.kept += 1
-            yield found
+        try: parts = rows_in(row, form)
+        except RefusedRowError as e:
+            out.refuse(where, number, row, e)
+            continue
+        for k, (part, of) in enumerate(parts):
+            given = of.name if FORMATS.get(of.name) is of else of  # two named columns are no format of the table
+            place = [number, k] if len(parts) > 1 else number
+            try:
+                if isinstance(part, SampleError):
+                    what = "the text is not UTF-8" if part.code == "encoding" else "it cannot be read"
+                    raise RefusedRowError(what, part.problem)
+                found, changed = convert_row(part, given, seed, place, version)
+            except RefusedRowError as e: out.refuse(where, number, part, e)
+            else:
+                notes.update(changed)
+                out.kept += 1
+                yield found
+
+# %% ../../nbs/data/19_convert.ipynb #asked
+def _version_number(version: str | int | None) -> int | None:
+    "The number in a version such as v3, 13 or v3-tekken"
+    if version is None: return None
+    found = re.fullmatch(r"v?(\d+)(?:-tekken)?", str(version).strip().lower())
+    if found is None: raise ValueError(f"there is no version {version!r} of the tokenizer: give one such as v3 or v13")
+    return int(found[1])
+
+
+def _asked_format(source: Any, format: str | None, question: str | None, answer: str | None, lines: bool) -> Format:
+    "The format that is given, made of two columns, or guessed"
+    if question is None and answer is None:
+        name = guess_format(source, lines=lines).name if format is None else format
+        if name in FORMATS: return FORMATS[name]
+        raise ValueError(f"there is no format {name!r}: one of {', '.join(READ_FORMATS)}")
+    if question is None or answer is None:
+        raise ValueError("name both columns: question= for the one that asks, answer= for the one that answers")
+    if format not in (None, "pairs"): raise ValueError("two named columns are a format: leave format= out")
+    check_names(source, (question, answer))
+    return named_format(question, answer)
 
 # %% ../../nbs/data/19_convert.ipynb #convert
 def convert(
@@ -238,15 +283,16 @@ def convert(
     seed: int = 0,  # for the ids of calls
     overwrite: bool = False,
     version: str | int | None = None,  # of the tokenizer, such as v3 or v13
+    question: str | None = None,  # the column that asks, where its name tells nothing; `a.b` for b within a
+    answer: str | None = None,  # the column that answers
+    lines: bool = False,  # each line of a text file is a document
 ) -> Conversion:
     "Every row converted, or refused with its reason; `UnknownFormatError` if no row is of a known one."
     if hasattr(source, "__next__"): source = list(source)  # it is read twice
     if to is not None: check_target(source, Path(to), overwrite)
-    if format is None: format = guess_format(source).name
-    if format not in FORMATS:
-        raise ValueError(f"there is no format {format!r}: one of {', '.join(READ_FORMATS)}")
-    out, notes, stream = Conversion(format, [], [], {}), Counter(), read_rows(source)
-    rows = kept_rows(stream, out, notes, seed, None if version is None else int(str(version).lstrip("v")))
+    number, form = _version_number(version), _asked_format(source, format, question, answer, lines)
+    out, notes, stream = Conversion(form.name, [], [], {}), Counter(), read_rows(source, lines)
+    rows = kept_rows(stream, out, notes, seed, number, form)
     if to is None: out.rows = list(rows)
     elif (first := next(rows, None)) is not None:
         write_rows(chain([first], rows), to, overwrite)

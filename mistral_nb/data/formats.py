@@ -12,13 +12,14 @@ __all__ = ['QUESTION_KEYS', 'ANSWER_KEYS', 'CONTEXT_KEYS', 'ASKED_KEYS', 'CHAT_K
            'earlier_turns', 'pair_answer', 'calls_column', 'from_calls', 'has_answers', 'from_answers',
            'speaker_columns', 'from_speakers', 'has_lists', 'from_lists', 'is_marked', 'from_markup', 'from_text',
            'is_preference', 'is_one_message', 'refuse_preference', 'refuse_message', 'refuse_gap', 'Format',
-           'named_columns', 'FormatGuess', 'UnknownFormatError', 'guess_format']
+           'named_columns', 'FormatGuess', 'UnknownFormatError', 'text_columns', 'guess_format', 'cell_at',
+           'named_format', 'check_names']
 
 # %% ../../nbs/data/18_formats.ipynb #imports
 import json
 import re
 from dataclasses import dataclass
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from itertools import islice
 from typing import Any, Callable
 
@@ -747,7 +748,7 @@ _FORMATS = (  # name, what a row looks like, test, reader, columns
     ),
     (
         "instances", "instruction, and instances with input and output", _has_instances, from_pairs,
-        "instruction instances", instance_rows, "alpaca",
+        "instances", instance_rows, "alpaca",
     ),
     (
         "message", "one message: role and text", is_one_message, refuse_message,
@@ -800,7 +801,7 @@ def _unknown(rows: list[dict], every: list[tuple[Any, Any]]) -> str:
     if not rows:
         if not every: return "there are no rows"
         return f"the rows are no objects: the first is {one_line(repr(every[0][1]), 60)}"
-    columns = list(dict.fromkeys(k for r in rows for k in r))
+    columns = list(dict.fromkeys(str(k) for r in rows for k in r))
     shown = "\n".join(f"  {one_line(json.dumps(r, ensure_ascii=False, default=str), 160)}" for r in rows[:3])
     hints = "\n".join(f"  {name}: {FORMATS[name].looks}" for name in _nearest(columns) or READ_FORMATS)
     also = f"\nbesides, rows that cannot be read: {bad}" if bad else ""
@@ -810,31 +811,93 @@ def _unknown(rows: list[dict], every: list[tuple[Any, Any]]) -> str:
 
 def _nearest(columns: list[str]) -> list[str]:
     "Up to three formats whose columns have similar names"
-    share = {}
+    near = {}
     for name in READ_FORMATS:
         known = FORMATS[name].columns
-        near = {match for c in columns for match in get_close_matches(c.lower(), known, 1, 0.75)}
-        if near: share[name] = len(near) / len(known)
-    return sorted(share, key=lambda name: -share[name])[:3]
+        found = [(c.lower(), match) for c in columns for match in get_close_matches(c.lower(), known, 1, 0.75)]
+        alike = sum(SequenceMatcher(None, *pair).ratio() for pair in found)
+        if found: near[name] = (-alike, -len(found) / len(known))  # how much alike, then how much of the format
+    return sorted(near, key=near.get)[:3]
 
 
 def _advice(rows: list[dict], columns: list[str]) -> str:
     "What to do with columns of unknown names"
     if any(c.endswith(("?", ".", "!")) or c.count(" ") > 2 for c in columns):
         return "the first line looks like data: write a header such as question,answer above it"
-    texts = [c for c in columns if any(isinstance(r.get(c), str) for r in rows)]
+    several = other_chats(rows[0])
+    if len(several) > 1:
+        return f"{' and '.join(several)} hold conversations: rename the one that is meant to messages"
+    texts = [c for c in text_columns(rows) if c in columns] or text_columns(rows)
     if len(texts) < 2: return "rename the columns, or give format="
-    return f"rename two columns to question and answer ({texts[0]} and {texts[1]}?), or give format="
+    names = f"({texts[0]} and {texts[1]}?)"
+    if texts[0] not in columns: return f"name the two that are meant, question= and answer= {names}"
+    return f"rename two columns to question and answer {names}, or name them: question=, answer=; or give format="
+
+
+def text_columns(rows: list[dict]) -> list[str]:
+    "The columns with texts, those within an object by its column, a dot and their key."
+    found: dict[str, None] = {}
+    for row in rows:
+        for key, value in row.items():
+            inner = {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+            found |= {str(k): None for k, v in inner.items() if isinstance(v, str | int | float)}
+    return list(found)
 
 # %% ../../nbs/data/18_formats.ipynb #guess-format
-def guess_format(source: Any, among: int = 200) -> FormatGuess:
+def guess_format(source: Any, among: int = 200, lines: bool = False) -> FormatGuess:
     "The format of the first rows of a DataFrame, file or list; `UnknownFormatError` if none fits."
-    stream = read_rows(source)
+    stream = read_rows(source, lines)
     every = list(islice(stream, among))
     rows = [r for _, r in every if isinstance(r, dict)]
     named = [named_columns(r)[0] for r in rows]
     share = {f.name: sum(f.fits(r) for r in named) for f in FORMATS.values()}
     best = next((n for n in share if share[n] > len(rows) / 2), max(share, key=share.get))
     if not rows or not share[best]: raise UnknownFormatError(_unknown(rows, every))
-    note = next((f"; {n}" for n in stream.notes if "one document" in n), "")
+    note = next((f"; {n}" for n in stream.notes if "document a line" in n), "")
+    if "one document" in note: note += " (lines=True or --lines: a document a line)"
     return FormatGuess(best, f"{share[best]} of the first {len(rows)} rows have {FORMATS[best].looks}{note}")
+
+# %% ../../nbs/data/18_formats.ipynb #two-named
+def cell_at(row: dict, name: str) -> tuple[str, Any] | None:
+    "The column that a name leads to, and the cell; a dot leads into an object."
+    for key in (name, name.strip().lower()):
+        if key in row: return key, row[key]
+    head, _, tail = name.partition(".")
+    inner = cell_at(row, head) if tail else None
+    found = cell_at(opened(inner[1]), tail) if inner and isinstance(opened(inner[1]), dict) else None
+    return (inner[0], found[1]) if found else None
+
+
+def named_format(question: str, answer: str) -> Format:
+    "The format of rows with a question and an answer under names that somebody gave."
+    def read(row: UsedKeys, how: MessageReader) -> DraftChat:
+        said, notes = [], []
+        for name, role, what in ((question, "user", "question"), (answer, "assistant", "answer")):
+            key, value = cell_at(row.thing, name)
+            row.get(key)
+            notes += _left_beside(row.thing[key], key, (question, answer))
+            if is_chat(value): said += find_messages(opened(value))
+            elif message_text(value, name).strip(): said.append({"role": role, "content": message_text(value)})
+            else: raise RefusedRowError(f"the {what} is empty")
+        draft = draft_chat(said, row, how)
+        draft.notes += notes
+        return draft
+
+    def fits(row: dict) -> bool: return cell_at(row, question) is not None and cell_at(row, answer) is not None
+    return Format("pairs", f"the columns {question} and {answer}", fits, read, (question, answer))
+
+
+def _left_beside(cell: Any, column: str, names: tuple[str, str]) -> list[str]:
+    "A note for each key of an object that is not named"
+    if not any(name.lower().startswith(f"{column.lower()}.") for name in names): return []
+    used = {name.lower().partition(".")[2].partition(".")[0] for name in names}
+    return [f"{k} of column {column} left out" for k in opened(cell) if str(k).lower() not in used]
+
+
+def check_names(source: Any, names: tuple[str, str], among: int = 200) -> None:
+    "`ValueError` for a name that leads nowhere in the first rows, with the columns that there are."
+    rows = [r for _, r in islice(read_rows(source), among) if isinstance(r, dict)]
+    columns = list(dict.fromkeys([*(str(k) for r in rows for k in r), *text_columns(rows)]))
+    for name in names:
+        if any(cell_at(r, name) or cell_at(named_columns(r)[0], name) for r in rows): continue
+        raise ValueError(f"there is no column {name!r}: the columns are {one_line(', '.join(columns), 200)}")

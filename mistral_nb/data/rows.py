@@ -59,11 +59,11 @@ def _said(text: str, twice: list[str] | None) -> Any:
     except ValueError: return text
 
 # %% ../../nbs/data/13_rows.ipynb #sources
-def _rows_of_path(path: Path, notes: Counter) -> Iterator[tuple[Location, Any]]:
+def _rows_of_path(path: Path, notes: Counter, lines: bool) -> Iterator[tuple[Location, Any]]:
     if not path.exists(): raise FileNotFoundError(f"there is no {path}: looked in {Path.cwd()}")
     files = files_in(path, notes) if path.is_dir() else [path]
     if not files: raise ValueError(f"no file to read in {path}: looked for {', '.join(READABLE_SUFFIXES)}")
-    return (pair for file in files for pair in read_file(file, notes))
+    return (pair for file in files for pair in read_file(file, notes, lines))
 
 
 def _items(source: Any) -> Iterable:
@@ -99,10 +99,10 @@ class Rows(Iterator):
     def __next__(self) -> tuple[Location, Any]: return next(self.pairs)
 
 
-def read_rows(source: Any) -> Rows:
+def read_rows(source: Any, lines: bool = False) -> Rows:
     "`(place, row)` of a file, a folder of files, a DataFrame, an Arrow table or any iterable of rows."
     notes: Counter = Counter()
-    if isinstance(source, (str, Path)): found = _rows_of_path(Path(source), notes)
+    if isinstance(source, (str, Path)): found = _rows_of_path(Path(source), notes, lines)
     elif isinstance(source, dict): raise TypeError(_one_dict(source))
     else:
         numbered = enumerate(_items(source), 1)
