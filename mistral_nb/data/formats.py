@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['QUESTION_KEYS', 'ANSWER_KEYS', 'CONTEXT_KEYS', 'ASKED_KEYS', 'CHAT_KEYS', 'TURN_COLUMNS', 'NOT_CHATS', 'TOOL_KEYS',
            'PROMPT_COLUMNS', 'CALL_COLUMNS', 'ASKERS', 'REPLIERS', 'TWO_COLUMNS', 'TEXT_NAMES', 'TEXT_KEYS', 'ID_KEYS',
-           'FORMATS', 'READ_FORMATS', 'is_text_cell', 'has_pair', 'opened', 'chat_column', 'other_chats', 'is_chat',
-           'first_message', 'system_text', 'take_listed_tools', 'from_chat', 'draft_chat', 'role_of', 'from_glaive',
-           'is_glaive_text', 'from_glaive_text', 'answers_of', 'request_of', 'is_batch', 'from_batch', 'is_gemini',
-           'from_gemini', 'continued_columns', 'from_continued', 'question_text', 'answer_options', 'from_pairs',
-           'earlier_turns', 'pair_answer', 'calls_column', 'from_calls', 'has_answers', 'from_answers',
-           'speaker_columns', 'from_speakers', 'has_lists', 'from_lists', 'is_marked', 'from_markup', 'from_text',
-           'is_preference', 'is_one_message', 'refuse_preference', 'refuse_message', 'refuse_gap', 'Format',
-           'named_columns', 'FormatGuess', 'UnknownFormatError', 'text_columns', 'guess_format', 'cell_at',
+           'FORMATS', 'READ_FORMATS', 'USUAL_FORMATS', 'is_text_cell', 'has_pair', 'opened', 'chat_column',
+           'other_chats', 'is_chat', 'first_message', 'system_text', 'take_listed_tools', 'from_chat', 'draft_chat',
+           'role_of', 'from_glaive', 'is_glaive_text', 'from_glaive_text', 'answers_of', 'request_of', 'is_batch',
+           'from_batch', 'is_gemini', 'from_gemini', 'continued_columns', 'from_continued', 'question_text',
+           'answer_options', 'from_pairs', 'earlier_turns', 'pair_answer', 'calls_column', 'from_calls', 'has_answers',
+           'from_answers', 'speaker_columns', 'from_speakers', 'has_lists', 'from_lists', 'is_marked', 'from_markup',
+           'from_text', 'is_preference', 'is_one_message', 'refuse_preference', 'refuse_message', 'refuse_gap',
+           'Format', 'named_columns', 'FormatGuess', 'UnknownFormatError', 'text_columns', 'guess_format', 'cell_at',
            'named_format', 'check_names']
 
 # %% ../../nbs/data/18_formats.ipynb #imports
@@ -790,6 +790,9 @@ class FormatGuess:
     def __str__(self) -> str: return f"{self.name}: {self.why}"
 
 
+USUAL_FORMATS = ("openai", "sharegpt", "alpaca", "pairs", "text")
+
+
 class UnknownFormatError(ValueError):
     "Rows of no format that is known; shows them, and the nearest formats."
 
@@ -803,10 +806,12 @@ def _unknown(rows: list[dict], every: list[tuple[Any, Any]]) -> str:
         return f"the rows are no objects: the first is {one_line(repr(every[0][1]), 60)}"
     columns = list(dict.fromkeys(str(k) for r in rows for k in r))
     shown = "\n".join(f"  {one_line(json.dumps(r, ensure_ascii=False, default=str), 160)}" for r in rows[:3])
-    hints = "\n".join(f"  {name}: {FORMATS[name].looks}" for name in _nearest(columns) or READ_FORMATS)
+    near = _nearest(columns)
+    hints = "\n".join(f"  {name}: {FORMATS[name].looks}" for name in near or USUAL_FORMATS)
+    title = "nearest are" if near else f"known are {', '.join(READ_FORMATS)}; usual are"
     also = f"\nbesides, rows that cannot be read: {bad}" if bad else ""
     what = f"the columns {', '.join(columns)} are of no format that is known; the first rows are\n{shown}"
-    return f"{what}\nnearest are\n{hints}\n{_advice(rows, columns)}{also}"
+    return f"{what}\n{title}\n{hints}\n{_advice(rows, columns)}{also}"
 
 
 def _nearest(columns: list[str]) -> list[str]:
