@@ -63,9 +63,12 @@ NOT_CHATS = (
 TOOL_KEYS = ("tools", "available_tools", "functions")
 
 
+_JSON_TEXT = re.compile(r"\s*(?:\[\s*[\[{\"'\]]|\{\s*[\"'}])")
+
+
 def opened(value: Any) -> Any:
     "A cell, or what it says if it is the JSON text of a list or an object."
-    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"): return value
+    if not isinstance(value, str) or not _JSON_TEXT.match(value): return value
     try: return parse_json_text(value, "a cell")
     except RefusedRowError: return value
 
@@ -89,7 +92,10 @@ def other_chats(row: dict) -> list[str]:
 def is_chat(value: Any) -> bool:
     "Whether a cell is a list of messages, each with a speaker that is known."
     value = opened(value)
-    said = _messages_in(value) if isinstance(value, list | dict) else None
+    if not isinstance(value, list | dict) or any(isinstance(m, list) for m in value): return False
+    if isinstance(value, list) and any(isinstance(m, str) and not _JSON_TEXT.match(m) for m in value):
+        return False  # a list of texts is a conversation only under a name that says so
+    said = _messages_in(value)
     names = [next((m[k] for k in SPEAKER_NAMES if k in m), 0) if isinstance(m, dict) else 0 for m in said or []]
     return bool(names) and all(isinstance(name, str) and name.strip().lower() in ROLE_NAMES for name in names)
 
@@ -259,8 +265,9 @@ def request_of(row: dict) -> tuple[str, dict] | None:
     for key in ("body", "request", "params", "input"):
         value = opened(row.get(key))
         value = value.get("body", value) if isinstance(value, dict) else None
-        if isinstance(value, dict) and any(isinstance(value.get(k), list) for k in ("messages", "contents", "input")):
-            return key, value
+        if not isinstance(value, dict): continue
+        if any(isinstance(value.get(k), list) for k in ("messages", "contents", "input")): return key, value
+        if isinstance(value.get("input"), str) and "model" in value: return key, value
     return None
 
 
@@ -286,7 +293,8 @@ def from_batch(row: UsedKeys, how: MessageReader) -> DraftChat:
         request.thing = {**request.thing, "contents": [*request.thing["contents"], *answers[:1]]}
         draft = from_gemini(request, how)
     else:
-        said = find_messages(request.first("messages", "input"))
+        said = request.first("messages", "input")
+        said = [{"role": "user", "content": said}] if isinstance(said, str) else find_messages(said)
         if request.thing.get("instructions"): said = [{"role": "system", "content": request.get("instructions")}, *said]
         draft = draft_chat([*said, *answers[:1]], request, how)
     if not any(m["role"] == "assistant" for m in draft.messages):
@@ -521,13 +529,13 @@ _SYS = re.compile(r"^\s*<<SYS>>(.*?)<</SYS>>", re.S)
 
 def is_marked(row: dict) -> bool:
     "Whether the text of a row is a chat in a markup."
-    text = next((row[k] for k in TEXT_KEYS if row.get(k) is not None), None)
+    text = next((row[k] for k in (*TEXT_KEYS, *CHAT_KEYS) if row.get(k) is not None), None)
     return isinstance(text, str) and ("[INST]" in text and "[/INST]" in text or chat_markup(text) is not None)
 
 
 def from_markup(row: UsedKeys, how: MessageReader) -> DraftChat:
     "A text that is a chat in a markup: Mistral's `[INST]`, ChatML, and those of other models."
-    text = row.first(*TEXT_KEYS)
+    text = row.first(*TEXT_KEYS, *CHAT_KEYS)
     markup = chat_markup(text)
     if markup is None: return DraftChat(_inst_turns(text))
     notes = [f"read from {markup.name} markup"]
@@ -676,7 +684,7 @@ def _starts_with(key: str) -> Callable[[dict], bool]:
 
 def _is_openai(row: dict) -> bool:
     first = first_message(row)
-    return first is not None and (not first or "role" in first or "author" in first)
+    return first is not None and (not first or not {"role", "author", "speaker", "sender"}.isdisjoint(first))
 
 
 def _is_glaive(row: dict) -> bool:

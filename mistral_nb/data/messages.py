@@ -74,6 +74,9 @@ def messages_of_item(item: Any) -> list:
 def _said(role: str, content: Any) -> dict: return {"role": role, "content": content}
 
 # %% ../../nbs/data/17_messages.ipynb #find-messages
+_LABEL = re.compile(r"\s*(\w{1,20}):\s+")  # of a text that says who speaks
+
+
 def find_messages(value: Any) -> list:
     "The messages of a conversation in any of its layouts."
     value = parse_json_text(value, "the conversation")
@@ -84,6 +87,9 @@ def find_messages(value: Any) -> list:
     if not isinstance(value, list):
         raise RefusedRowError("the conversation is not a list of messages", one_line(repr(value), 40))
     if value and all(isinstance(text, str) and text.lstrip()[:1] != "{" for text in value):
+        labels = [_LABEL.match(text) for text in value]
+        if all(label and label[1].lower() in ROLE_NAMES for label in labels):
+            return [_said(label[1], text[label.end() :]) for label, text in zip(labels, value)]
         return [_said("assistant" if i % 2 else "user", text) for i, text in enumerate(value)]
     pairs = [m for m in value if isinstance(m, list) and len(m) == 2 and isinstance(m[0], str)]
     if value and len(pairs) == len(value) and all(m[0].strip().lower() in ROLE_NAMES for m in pairs):
