@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEDIA_KEYS', 'APPROVAL_KEYS', 'REJECTION_KEYS', 'FLAG_KEYS', 'PASSED_KEYS', 'refuse_unwanted', 'texts_of_row',
-           'oddity_notes', 'rows_in', 'convert_row', 'Conversion', 'conversion_table', 'check_target', 'kept_rows',
-           'convert', 'refused_file', 'write_refused', 'finetune_reformat']
+           'oddity_notes', 'rows_in', 'convert_row', 'Conversion', 'conversion_table', 'cell_at', 'named_format',
+           'check_names', 'check_target', 'kept_rows', 'convert', 'refused_file', 'write_refused', 'finetune_reformat']
 
 # %% ../../nbs/data/28_convert.ipynb #imports
 import ast
@@ -13,18 +13,18 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
 from ..core.display import Table, one_line
-from .content import CallIds, UsedKeys, answer_weight, parse_flag
-from .formats import FORMATS, READ_FORMATS, Format, check_names, guess_format, named_columns
-from .formats import named_format
+from .content import CallIds, UsedKeys, answer_weight, message_text, parse_flag
+from .chats import draft_chat, is_chat, opened
+from .formats import FORMATS, READ_FORMATS, Format, guess_format, named_columns, text_columns
 from .formats import UnknownFormatError  # noqa: F401
 from .markup import CONTROL, find_marks
 from .messages import ROLE_NAMES, DraftChat, MessageReader, UnreadableCallError
-from .messages import finish_draft
+from .messages import find_messages, finish_draft
 from .rows import RefusedRowError, Rows, read_rows, write_rows
 from .schema import REQUEST_SETTINGS, SampleError, parse_row
 
@@ -218,6 +218,51 @@ def conversion_table(done: Conversion, most: int) -> Table:
         rest = counts.most_common()[most:]
         if rest: rows.append((f"  {name}: {len(rest)} others", sum(n for _, n in rest)))
     return Table(["what", "rows"], rows, title=f"Converted from {done.format}", width=120)
+
+# %% ../../nbs/data/28_convert.ipynb #two-named
+def cell_at(row: dict, name: str) -> tuple[str, Any] | None:
+    "The column that a name leads to, and the cell; a dot leads into an object."
+    for key in (name, name.strip().lower()):
+        if key in row: return key, row[key]
+    head, _, tail = name.partition(".")
+    inner = cell_at(row, head) if tail else None
+    found = cell_at(opened(inner[1]), tail) if inner and isinstance(opened(inner[1]), dict) else None
+    return (inner[0], found[1]) if found else None
+
+
+def named_format(question: str, answer: str) -> Format:
+    "The format of rows with a question and an answer under names that somebody gave."
+    def read(row: UsedKeys, how: MessageReader) -> DraftChat:
+        said, notes = [], []
+        for name, role, what in ((question, "user", "question"), (answer, "assistant", "answer")):
+            key, value = cell_at(row.thing, name)
+            row.get(key)
+            notes += _left_beside(row.thing[key], key, (question, answer))
+            if is_chat(value): said += find_messages(opened(value))
+            elif message_text(value, name).strip(): said.append({"role": role, "content": message_text(value)})
+            else: raise RefusedRowError(f"the {what} is empty")
+        draft = draft_chat(said, row, how)
+        draft.notes += notes
+        return draft
+
+    def fits(row: dict) -> bool: return cell_at(row, question) is not None and cell_at(row, answer) is not None
+    return Format("pairs", f"the columns {question} and {answer}", fits, read, (question, answer))
+
+
+def _left_beside(cell: Any, column: str, names: tuple[str, str]) -> list[str]:
+    "A note for each key of an object that is not named"
+    if not any(name.lower().startswith(f"{column.lower()}.") for name in names): return []
+    used = {name.lower().partition(".")[2].partition(".")[0] for name in names}
+    return [f"{k} of column {column} left out" for k in opened(cell) if str(k).lower() not in used]
+
+
+def check_names(source: Any, names: tuple[str, str], among: int = 200) -> None:
+    "`ValueError` for a name that leads nowhere in the first rows, with the columns that there are."
+    rows = [r for _, r in islice(read_rows(source), among) if isinstance(r, dict)]
+    columns = list(dict.fromkeys([*(str(k) for r in rows for k in r), *text_columns(rows)]))
+    for name in names:
+        if any(cell_at(r, name) or cell_at(named_columns(r)[0], name) for r in rows): continue
+        raise ValueError(f"there is no column {name!r}: the columns are {one_line(', '.join(columns), 200)}")
 
 # %% ../../nbs/data/28_convert.ipynb #check-target
 def check_target(source: Any, to: Path, overwrite: bool) -> None:

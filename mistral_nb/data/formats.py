@@ -7,8 +7,7 @@ __all__ = ['CALL_COLUMNS', 'ASKERS', 'REPLIERS', 'TWO_COLUMNS', 'TEXT_KEYS', 'ID
            'USUAL_FORMATS', 'question_text', 'answer_options', 'from_pairs', 'earlier_turns', 'pair_answer',
            'calls_column', 'from_calls', 'has_answers', 'from_answers', 'speaker_columns', 'from_speakers', 'is_marked',
            'from_markup', 'from_text', 'is_preference', 'is_one_message', 'refuse_preference', 'refuse_message',
-           'refuse_gap', 'Format', 'named_columns', 'FormatGuess', 'UnknownFormatError', 'text_columns', 'guess_format',
-           'cell_at', 'named_format', 'check_names']
+           'refuse_gap', 'Format', 'named_columns', 'FormatGuess', 'UnknownFormatError', 'text_columns', 'guess_format']
 
 # %% ../../nbs/data/19_formats.ipynb #imports
 import json
@@ -527,48 +526,3 @@ def guess_format(source: Any, among: int = 200, lines: bool = False) -> FormatGu
     note = next((f"; {n}" for n in stream.notes if "document a line" in n), "")
     if "one document" in note: note += " (lines=True or --lines: a document a line)"
     return FormatGuess(best, f"{share[best]} of the first {len(rows)} rows have {FORMATS[best].looks}{note}")
-
-# %% ../../nbs/data/19_formats.ipynb #two-named
-def cell_at(row: dict, name: str) -> tuple[str, Any] | None:
-    "The column that a name leads to, and the cell; a dot leads into an object."
-    for key in (name, name.strip().lower()):
-        if key in row: return key, row[key]
-    head, _, tail = name.partition(".")
-    inner = cell_at(row, head) if tail else None
-    found = cell_at(opened(inner[1]), tail) if inner and isinstance(opened(inner[1]), dict) else None
-    return (inner[0], found[1]) if found else None
-
-
-def named_format(question: str, answer: str) -> Format:
-    "The format of rows with a question and an answer under names that somebody gave."
-    def read(row: UsedKeys, how: MessageReader) -> DraftChat:
-        said, notes = [], []
-        for name, role, what in ((question, "user", "question"), (answer, "assistant", "answer")):
-            key, value = cell_at(row.thing, name)
-            row.get(key)
-            notes += _left_beside(row.thing[key], key, (question, answer))
-            if is_chat(value): said += find_messages(opened(value))
-            elif message_text(value, name).strip(): said.append({"role": role, "content": message_text(value)})
-            else: raise RefusedRowError(f"the {what} is empty")
-        draft = draft_chat(said, row, how)
-        draft.notes += notes
-        return draft
-
-    def fits(row: dict) -> bool: return cell_at(row, question) is not None and cell_at(row, answer) is not None
-    return Format("pairs", f"the columns {question} and {answer}", fits, read, (question, answer))
-
-
-def _left_beside(cell: Any, column: str, names: tuple[str, str]) -> list[str]:
-    "A note for each key of an object that is not named"
-    if not any(name.lower().startswith(f"{column.lower()}.") for name in names): return []
-    used = {name.lower().partition(".")[2].partition(".")[0] for name in names}
-    return [f"{k} of column {column} left out" for k in opened(cell) if str(k).lower() not in used]
-
-
-def check_names(source: Any, names: tuple[str, str], among: int = 200) -> None:
-    "`ValueError` for a name that leads nowhere in the first rows, with the columns that there are."
-    rows = [r for _, r in islice(read_rows(source), among) if isinstance(r, dict)]
-    columns = list(dict.fromkeys([*(str(k) for r in rows for k in r), *text_columns(rows)]))
-    for name in names:
-        if any(cell_at(r, name) or cell_at(named_columns(r)[0], name) for r in rows): continue
-        raise ValueError(f"there is no column {name!r}: the columns are {one_line(', '.join(columns), 200)}")
