@@ -290,7 +290,7 @@ def cmd_convert(args: Namespace) -> int:
     if refused: print(safe_text(f"the refused rows, each with its reason: {refused}"))
     return 0 if done.kept else 1
 
-
+# %% ../nbs/90_cli.ipynb #cache
 def cache_options(p: ArgumentParser) -> None:
     "Options of `mistral-nb cache`."
     kept = "the cache's folder; by default ~/.cache/mistral_nb/tokens"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUESTION_KEYS', 'ANSWER_KEYS', 'CONTEXT_KEYS', 'ASKED_KEYS', 'CHAT_KEYS', 'TURN_COLUMNS', 'NOT_CHATS', 'TOOL_KEYS',
-           'PROMPT_COLUMNS', 'TEXT_NAMES', 'is_text_cell', 'has_pair', 'opened', 'chat_column', 'other_chats',
-           'is_chat', 'first_message', 'system_text', 'take_listed_tools', 'from_chat', 'draft_chat', 'role_of',
+           'PROMPT_COLUMNS', 'TEXT_NAMES', 'is_text_cell', 'has_pair', 'opened', 'is_chat', 'chat_column',
+           'other_chats', 'first_message', 'system_text', 'take_listed_tools', 'role_of', 'from_chat', 'draft_chat',
            'from_glaive', 'is_glaive_text', 'from_glaive_text', 'answers_of', 'request_of', 'is_batch', 'from_batch',
            'is_gemini', 'from_gemini', 'continued_columns', 'from_continued', 'has_lists', 'from_lists']
 
@@ -13,7 +13,6 @@ __all__ = ['QUESTION_KEYS', 'ANSWER_KEYS', 'CONTEXT_KEYS', 'ASKED_KEYS', 'CHAT_K
 import re
 from typing import Any
 
-from ..core.display import one_line
 from .content import UsedKeys, split_blocks, split_parts
 from .markup import strip_markup
 from .messages import ROLE_NAMES, SPEAKER_NAMES, DraftChat, MessageReader, UnreadableCallError
@@ -43,13 +42,13 @@ def has_pair(row: dict) -> bool:
 
 # %% ../../nbs/data/18_chats.ipynb #chats
 CHAT_KEYS = ("messages", "interactions", "conversations", "conversation", "chat", "dialogue", "dialog")
-TURN_COLUMNS = ("data", "turns", "utterances")  # only of texts, pairs, or objects with a question and an answer
+TURN_COLUMNS = ("data", "turns", "utterances")  # of texts, pairs, or objects with question and answer
 NOT_CHATS = (
     "history", "examples", "contents", "answers", "chosen", "rejected", "replies", "instances", "choices",
 )
 TOOL_KEYS = ("tools", "available_tools", "functions")
 
-
+# %% ../../nbs/data/18_chats.ipynb #cells
 _JSON_TEXT = re.compile(r"\s*(?:\[\s*[\[{\"'\]]|\{\s*[\"'}])")
 
 
@@ -60,6 +59,27 @@ def opened(value: Any) -> Any:
     except RefusedRowError: return value
 
 
+def is_chat(value: Any) -> bool:
+    "Whether a cell is a list of messages, each with a speaker that is known."
+    value = opened(value)
+    if not isinstance(value, list | dict) or any(isinstance(m, list) for m in value): return False
+    if isinstance(value, list) and any(isinstance(m, str) and not _JSON_TEXT.match(m) for m in value):
+        return False  # a list of texts is a conversation only under a name that says so
+    said = _messages_in(value)
+    names = [
+        next((m[k] for k in SPEAKER_NAMES if k in m), 0) if isinstance(m, dict) else 0 for m in said or []
+    ]
+    return bool(names) and all(isinstance(name, str) and name.strip().lower() in ROLE_NAMES for name in names)
+
+
+def _messages_in(value: Any) -> list | None:
+    "The messages in a cell that has some, or an empty list; None for any other cell"
+    if not isinstance(value, list | dict): return None
+    try: said = find_messages(value)
+    except RefusedRowError: return None
+    return said if not said or isinstance(said[0], dict) else None
+
+# %% ../../nbs/data/18_chats.ipynb #chat-column
 def chat_column(row: dict) -> str | None:
     "The column with the conversation: one that is known, or the only other one with messages."
     known = next((key for key in CHAT_KEYS if _messages_in(row.get(key)) is not None), None)
@@ -74,25 +94,6 @@ def chat_column(row: dict) -> str | None:
 def other_chats(row: dict) -> list[str]:
     "The columns with a list of messages whose names are not known."
     return [k for k, v in row.items() if k not in (*CHAT_KEYS, *NOT_CHATS) and is_chat(v)]
-
-
-def is_chat(value: Any) -> bool:
-    "Whether a cell is a list of messages, each with a speaker that is known."
-    value = opened(value)
-    if not isinstance(value, list | dict) or any(isinstance(m, list) for m in value): return False
-    if isinstance(value, list) and any(isinstance(m, str) and not _JSON_TEXT.match(m) for m in value):
-        return False  # a list of texts is a conversation only under a name that says so
-    said = _messages_in(value)
-    names = [next((m[k] for k in SPEAKER_NAMES if k in m), 0) if isinstance(m, dict) else 0 for m in said or []]
-    return bool(names) and all(isinstance(name, str) and name.strip().lower() in ROLE_NAMES for name in names)
-
-
-def _messages_in(value: Any) -> list | None:
-    "The messages in a cell that has some, or an empty list; None for any other cell"
-    if not isinstance(value, list | dict): return None
-    try: said = find_messages(value)
-    except RefusedRowError: return None
-    return said if not said or isinstance(said[0], dict) else None
 
 
 def first_message(row: dict) -> dict | None:
@@ -122,13 +123,24 @@ def take_listed_tools(draft: DraftChat) -> None:
     prompt["content"] = found[0]
     draft.notes.append("tools taken from the system prompt, with the words about how to call them")
 
+# %% ../../nbs/data/18_chats.ipynb #role-of
+def role_of(message: Any) -> str | None:
+    "Our name of the speaker of a message, if it is known."
+    if not isinstance(message, dict): return None
+    names = [message.get(key) for key in ("role", "from", "author", "speaker", "sender")]
+    said = [name.strip().lower().replace("-", "_") for name in names if isinstance(name, str)]
+    return next((ROLE_NAMES[name] for name in said if name in ROLE_NAMES), None)
+
 # %% ../../nbs/data/18_chats.ipynb #from-chat
 def from_chat(row: UsedKeys, how: MessageReader) -> DraftChat:
     "A conversation with its tools; `UnreadableCallError` with what stands before a call that cannot be read."
     key = chat_column(row.thing)
-    value = opened(row.get(key) if key else row.first(*(k for k in CHAT_KEYS if row.thing.get(k) is not None)))
-    draft = draft_chat(find_messages(value), row, how)
-    if isinstance(value, list) and all(isinstance(text, str) for text in value[:2]) and draft.messages:
+    value = opened(
+        row.get(key) if key else row.first(*(k for k in CHAT_KEYS if row.thing.get(k) is not None))
+    )
+    said = find_messages(value)
+    draft = draft_chat(said, row, how)
+    if isinstance(value, list) and value and isinstance(value[0], str) and said[0].get("content") == value[0]:
         draft.notes.append("texts in turn: the first taken as a user's")
     return draft
 
@@ -155,14 +167,6 @@ def draft_chat(said: list, row: UsedKeys, how: MessageReader) -> DraftChat:
     if listed is None and not tools: take_listed_tools(draft)
     read_text_calls(draft, how)
     return draft
-
-
-def role_of(message: Any) -> str | None:
-    "Our name of the speaker of a message, if it is known."
-    if not isinstance(message, dict): return None
-    names = [message.get(key) for key in ("role", "from", "author", "speaker", "sender")]
-    said = [name.strip().lower().replace("-", "_") for name in names if isinstance(name, str)]
-    return next((ROLE_NAMES[name] for name in said if name in ROLE_NAMES), None)
 
 # %% ../../nbs/data/18_chats.ipynb #glaive
 def from_glaive(row: UsedKeys, how: MessageReader) -> DraftChat:
@@ -209,7 +213,8 @@ def from_glaive_text(row: UsedKeys, how: MessageReader) -> DraftChat:
     "A chat in one text, with `<functioncall>` and a system prompt that lists the functions."
     text, said, notes = row.get("chat"), [], []
     heads = list(_SPEAKER.finditer(text))
-    if before := strip_markup(text[: heads[0].start()]): raise RefusedRowError("words before the first speaker", before)
+    if before := strip_markup(text[: heads[0].start()]):
+        raise RefusedRowError("words before the first speaker", before)
     for head, end in zip(heads, [*(h.start() for h in heads[1:]), len(text)]):
         words = strip_markup(text[head.end() : end]).replace("<|endoftext|>", "\n").strip()
         role = _SPEAKERS.get(head[1], "assistant")
@@ -244,7 +249,9 @@ def answers_of(value: Any) -> list[dict]:
     if isinstance(value.get("output"), list):
         return [m for m in value["output"] if isinstance(m, dict) and m.get("type") == "message"]
     if value.get("role") == "assistant": return [{k: v for k, v in value.items() if k in ("role", "content")}]
-    return next((found for key in ("body", "message", "response") if (found := answers_of(value.get(key)))), [])
+    return next(
+        (found for key in ("body", "message", "response") if (found := answers_of(value.get(key)))), []
+    )
 
 
 def request_of(row: dict) -> tuple[str, dict] | None:
@@ -264,7 +271,7 @@ def is_batch(row: dict) -> bool:
     has_answer = any(answers_of(row.get(key)) for key in ("response", "result"))
     return has_answer and ("custom_id" in row or chat_column(row) is not None)
 
-
+# %% ../../nbs/data/18_chats.ipynb #from-batch
 def from_batch(row: UsedKeys, how: MessageReader) -> DraftChat:
     "A request with messages, and its response as the answer."
     found = request_of(row.thing)
@@ -272,7 +279,9 @@ def from_batch(row: UsedKeys, how: MessageReader) -> DraftChat:
     answers = answers_of(row.get(responses[0])) if responses else []
     if found: row.get(found[0])
     elif (key := chat_column(row.thing)) is None:
-        raise RefusedRowError("a response without its request: join both by custom_id, into body and response")
+        raise RefusedRowError(
+            "a response without its request: join both by custom_id, into body and response"
+        )
     else: found = key, {"messages": opened(row.get(key)), "tools": row.first(*TOOL_KEYS)}
     request = UsedKeys(small_keys(found[1]), "request")
     notes = [f"the first of {len(answers)} answers taken"] if len(answers) > 1 else []
@@ -282,10 +291,13 @@ def from_batch(row: UsedKeys, how: MessageReader) -> DraftChat:
     else:
         said = request.first("messages", "input")
         said = [{"role": "user", "content": said}] if isinstance(said, str) else find_messages(said)
-        if request.thing.get("instructions"): said = [{"role": "system", "content": request.get("instructions")}, *said]
+        if request.thing.get("instructions"):
+            said = [{"role": "system", "content": request.get("instructions")}, *said]
         draft = draft_chat([*said, *answers[:1]], request, how)
     if not any(m["role"] == "assistant" for m in draft.messages):
-        raise RefusedRowError("a request without an answer: join its response by custom_id, as response beside body")
+        raise RefusedRowError(
+            "a request without an answer: join its response by custom_id, as response beside body"
+        )
     draft.notes += [*notes, *request.left()]
     return draft
 
@@ -293,7 +305,9 @@ def from_batch(row: UsedKeys, how: MessageReader) -> DraftChat:
 def is_gemini(row: dict) -> bool:
     "Whether a row has Gemini's contents, whose items have parts."
     found = opened(row.get("contents"))
-    return isinstance(found, list) and bool(found) and all(isinstance(m, dict) and "parts" in m for m in found)
+    return isinstance(found, list) and bool(found) and all(
+        isinstance(m, dict) and "parts" in m for m in found
+    )
 
 
 def from_gemini(row: UsedKeys, how: MessageReader) -> DraftChat:
@@ -312,7 +326,8 @@ def from_gemini(row: UsedKeys, how: MessageReader) -> DraftChat:
 
 # %% ../../nbs/data/18_chats.ipynb #continued
 PROMPT_COLUMNS = (
-    "prompt", "input", "messages", "conversations", "conversation", "context", "question", "query", "instruction",
+    "prompt", "input", "messages", "conversations", "conversation", "context", "question", "query",
+    "instruction",
 )
 
 
@@ -330,7 +345,9 @@ def continued_columns(row: dict) -> tuple[str, str] | None:
         last = role_of(find_messages(opened(row[chats[0]]))[-1])
         return (chats[0], answers[0]) if last in ("user", "tool") else None
     asked = [k for k in PROMPT_COLUMNS if isinstance(row.get(k), str) and k not in CONTEXT_KEYS]
-    has_messages = not isinstance(row[answers[0]], str) and (is_chat(row[answers[0]]) or is_answer(row[answers[0]]))
+    has_messages = not isinstance(row[answers[0]], str) and (
+        is_chat(row[answers[0]]) or is_answer(row[answers[0]])
+    )
     return (asked[0], answers[0]) if len(asked) == 1 and has_messages else None
 
 

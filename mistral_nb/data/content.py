@@ -106,7 +106,7 @@ def is_blank(content: Any) -> bool:
 
 # %% ../../nbs/data/15_content.ipynb #blocks
 def split_blocks(message: Any) -> list:
-    "A message whose content holds calls or results, as Anthropic and Bedrock write them, as messages of ours."
+    "A message whose content holds calls or results, as Anthropic writes them, as messages of ours."
     content = message.get("content") if isinstance(message, dict) else None
     if not isinstance(content, list): return [message]
     results, calls, rest = [], [], []
@@ -139,7 +139,7 @@ def _block(part: Any) -> Any:
 
 def _without(thing: dict, *keys: str) -> dict: return {k: v for k, v in thing.items() if k not in keys}
 
-# %% ../../nbs/data/15_content.ipynb #gemini
+# %% ../../nbs/data/15_content.ipynb #gemini-part
 _PART_KEYS = dict(  # as the API and its libraries write them
     text="text", functioncall="call", function_call="call", functionresponse="result",
     function_response="result",
@@ -147,6 +147,23 @@ _PART_KEYS = dict(  # as the API and its libraries write them
 _PART_MARKS = ("thought", "thoughtsignature", "thought_signature")  # beside what a part says
 
 
+def _gemini_part(part: Any) -> tuple[str, Any, bool]:
+    "What kind a part is, what it says, and whether that is a thought"
+    if isinstance(part, str): return "text", part, False
+    said = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {}
+    small = {k.lower(): v for k, v in said.items()}
+    found = [k for k in small if k not in _PART_MARKS]
+    kind = _PART_KEYS.get(found[0]) if len(found) == 1 else None
+    if kind is None:
+        raise RefusedRowError(
+            f"content holds {', '.join(found) or 'an empty part'}, only text can be trained on"
+        )
+    value = small[found[0]]
+    if (kind == "text") != isinstance(value, str):
+        raise RefusedRowError(f"a part's {found[0]} cannot be read")
+    return kind, value, bool(small.get("thought"))
+
+# %% ../../nbs/data/15_content.ipynb #gemini
 def split_parts(message: Any) -> list[dict]:
     "An item of Gemini's `contents` as messages of ours; `RefusedRowError` for a part that is no text."
     if isinstance(message, str): return [{"role": "user", "content": message}]
@@ -158,24 +175,14 @@ def split_parts(message: Any) -> list[dict]:
         if kind == "call": calls.append({"name": value.get("name"), "arguments": value.get("args")})
         elif kind == "result":
             results.append({"role": "tool", "name": value.get("name"), "content": value.get("response")})
-        else: said.append({"type": "thinking", "thinking": value} if is_thought else {"type": "text", "text": value})
+        else:
+            said.append(
+                {"type": "thinking", "thinking": value} if is_thought else {"type": "text", "text": value}
+            )
     others = {k: v for k, v in message.items() if k not in ("role", "parts")}
     out = {"role": message.get("role") or "user", "content": said, **others}
     if calls: out["tool_calls"] = calls
     return [*results, out] if said or calls or not results else results
-
-
-def _gemini_part(part: Any) -> tuple[str, Any, bool]:
-    "What kind a part is, what it says, and whether that is a thought"
-    if isinstance(part, str): return "text", part, False
-    said = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {}
-    small = {k.lower(): v for k, v in said.items()}
-    found = [k for k in small if k not in _PART_MARKS]
-    kind = _PART_KEYS.get(found[0]) if len(found) == 1 else None
-    if kind is None: raise RefusedRowError(f"content holds {', '.join(found) or 'an empty part'}, only text can be trained on")
-    value = small[found[0]]
-    if (kind == "text") != isinstance(value, str): raise RefusedRowError(f"a part's {found[0]} cannot be read")
-    return kind, value, bool(small.get("thought"))
 
 # %% ../../nbs/data/15_content.ipynb #thoughts
 _THINK = re.compile(r"\s*<(think|thinking)>(.*?)</\1>\s*", re.S)

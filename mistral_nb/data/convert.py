@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEDIA_KEYS', 'APPROVAL_KEYS', 'REJECTION_KEYS', 'FLAG_KEYS', 'PASSED_KEYS', 'refuse_unwanted', 'texts_of_row',
-           'oddity_notes', 'rows_in', 'convert_row', 'Conversion', 'conversion_table', 'cell_at', 'named_format',
-           'check_names', 'check_target', 'kept_rows', 'convert', 'refused_file', 'write_refused', 'finetune_reformat']
+           'oddity_notes', 'rows_in', 'convert_row', 'Conversion', 'conversion_table', 'cell_at', 'check_names',
+           'named_format', 'check_target', 'kept_rows', 'convert', 'refused_file', 'write_refused', 'finetune_reformat']
 
 # %% ../../nbs/data/28_convert.ipynb #imports
 import ast
@@ -129,7 +129,8 @@ def _try(row: dict) -> None:
 # %% ../../nbs/data/28_convert.ipynb #row
 def rows_in(row: Any, form: Format) -> list:
     "The rows that a row holds: itself, or several of another format; `RefusedRowError` if it holds none."
-    if not form.split or not isinstance(row, dict) or not form.fits(named_columns(row)[0]): return [(row, form)]
+    if not form.split or not isinstance(row, dict) or not form.fits(named_columns(row)[0]):
+        return [(row, form)]
     found = form.split(named_columns(row)[0])
     if not found: raise RefusedRowError(f"{form.looks}: there is no answer in it")
     return [(part, FORMATS[form.parts]) for part in found]
@@ -219,7 +220,7 @@ def conversion_table(done: Conversion, most: int) -> Table:
         if rest: rows.append((f"  {name}: {len(rest)} others", sum(n for _, n in rest)))
     return Table(["what", "rows"], rows, title=f"Converted from {done.format}", width=120)
 
-# %% ../../nbs/data/28_convert.ipynb #two-named
+# %% ../../nbs/data/28_convert.ipynb #cell-at
 def cell_at(row: dict, name: str) -> tuple[str, Any] | None:
     "The column that a name leads to, and the cell; a dot leads into an object."
     for key in (name, name.strip().lower()):
@@ -230,6 +231,15 @@ def cell_at(row: dict, name: str) -> tuple[str, Any] | None:
     return (inner[0], found[1]) if found else None
 
 
+def check_names(source: Any, names: tuple[str, str], among: int = 200) -> None:
+    "`ValueError` for a name that leads nowhere in the first rows, with the columns that there are."
+    rows = [r for _, r in islice(read_rows(source), among) if isinstance(r, dict)]
+    columns = list(dict.fromkeys([*(str(k) for r in rows for k in r), *text_columns(rows)]))
+    for name in names:
+        if any(cell_at(r, name) or cell_at(named_columns(r)[0], name) for r in rows): continue
+        raise ValueError(f"there is no column {name!r}: the columns are {one_line(', '.join(columns), 200)}")
+
+# %% ../../nbs/data/28_convert.ipynb #two-named
 def named_format(question: str, answer: str) -> Format:
     "The format of rows with a question and an answer under names that somebody gave."
     def read(row: UsedKeys, how: MessageReader) -> DraftChat:
@@ -239,13 +249,15 @@ def named_format(question: str, answer: str) -> Format:
             row.get(key)
             notes += _left_beside(row.thing[key], key, (question, answer))
             if is_chat(value): said += find_messages(opened(value))
-            elif message_text(value, name).strip(): said.append({"role": role, "content": message_text(value)})
+            elif message_text(value, name).strip():
+                said.append({"role": role, "content": message_text(value)})
             else: raise RefusedRowError(f"the {what} is empty")
         draft = draft_chat(said, row, how)
         draft.notes += notes
         return draft
 
-    def fits(row: dict) -> bool: return cell_at(row, question) is not None and cell_at(row, answer) is not None
+    def fits(row: dict) -> bool:
+        return cell_at(row, question) is not None and cell_at(row, answer) is not None
     return Format("pairs", f"the columns {question} and {answer}", fits, read, (question, answer))
 
 
@@ -254,15 +266,6 @@ def _left_beside(cell: Any, column: str, names: tuple[str, str]) -> list[str]:
     if not any(name.lower().startswith(f"{column.lower()}.") for name in names): return []
     used = {name.lower().partition(".")[2].partition(".")[0] for name in names}
     return [f"{k} of column {column} left out" for k in opened(cell) if str(k).lower() not in used]
-
-
-def check_names(source: Any, names: tuple[str, str], among: int = 200) -> None:
-    "`ValueError` for a name that leads nowhere in the first rows, with the columns that there are."
-    rows = [r for _, r in islice(read_rows(source), among) if isinstance(r, dict)]
-    columns = list(dict.fromkeys([*(str(k) for r in rows for k in r), *text_columns(rows)]))
-    for name in names:
-        if any(cell_at(r, name) or cell_at(named_columns(r)[0], name) for r in rows): continue
-        raise ValueError(f"there is no column {name!r}: the columns are {one_line(', '.join(columns), 200)}")
 
 # %% ../../nbs/data/28_convert.ipynb #check-target
 def check_target(source: Any, to: Path, overwrite: bool) -> None:
@@ -286,7 +289,7 @@ def kept_rows(
             out.refuse(where, number, row, e)
             continue
         for k, (part, of) in enumerate(parts):
-            given = of.name if FORMATS.get(of.name) is of else of  # two named columns are no format of the table
+            given = of.name if FORMATS.get(of.name) is of else of  # named columns: of none
             place = [number, k] if len(parts) > 1 else number
             try:
                 if isinstance(part, SampleError):
@@ -304,18 +307,23 @@ def _version_number(version: str | int | None) -> int | None:
     "The number in a version such as v3, 13 or v3-tekken"
     if version is None: return None
     found = re.fullmatch(r"v?(\d+)(?:-tekken)?", str(version).strip().lower())
-    if found is None: raise ValueError(f"there is no version {version!r} of the tokenizer: give one such as v3 or v13")
+    if found is None:
+        raise ValueError(f"there is no version {version!r} of the tokenizer: give one such as v3 or v13")
     return int(found[1])
 
 
-def _asked_format(source: Any, format: str | None, question: str | None, answer: str | None, lines: bool) -> Format:
+def _asked_format(
+    source: Any, format: str | None, question: str | None, answer: str | None, lines: bool
+) -> Format:
     "The format that is given, made of two columns, or guessed"
     if question is None and answer is None:
         name = guess_format(source, lines=lines).name if format is None else format
         if name in FORMATS: return FORMATS[name]
         raise ValueError(f"there is no format {name!r}: one of {', '.join(READ_FORMATS)}")
     if question is None or answer is None:
-        raise ValueError("name both columns: question= for the one that asks, answer= for the one that answers")
+        raise ValueError(
+            "name both columns: question= for the one that asks, answer= for the one that answers"
+        )
     if format not in (None, "pairs"): raise ValueError("two named columns are a format: leave format= out")
     check_names(source, (question, answer))
     return named_format(question, answer)

@@ -290,7 +290,7 @@ def read_parquet(path: Path) -> Iterator[tuple[Location, Any]]:
             n += 1
             yield Location(str(path), n), row
 
-
+# %% ../../nbs/data/12_files.ipynb #read-text
 def read_text(path: Path, notes: Counter, lines: bool = False) -> Iterator[tuple[Location, Any]]:
     "A text file as one document, or as one a line, unless it holds JSON lines."
     with open_text(path) as f: text = f.read()

@@ -18,16 +18,17 @@ from itertools import islice
 from typing import Any, Callable
 
 from ..core.display import one_line
-from .chats import ANSWER_KEYS, ASKED_KEYS, CHAT_KEYS, CONTEXT_KEYS, QUESTION_KEYS, TOOL_KEYS
-from .chats import chat_column, continued_columns, draft_chat, first_message, from_batch, from_chat
-from .chats import from_continued, from_gemini, from_glaive, from_glaive_text, from_lists, has_lists
-from .chats import has_pair, is_batch, is_chat, is_gemini, is_glaive_text, is_text_cell, opened
-from .chats import other_chats, role_of, system_text
+from .chats import ANSWER_KEYS, ASKED_KEYS, CHAT_KEYS, QUESTION_KEYS, TOOL_KEYS
+from .chats import chat_column, continued_columns, draft_chat, first_message, from_batch
+from .chats import from_chat, from_continued, from_gemini, from_glaive, from_glaive_text
+from .chats import from_lists, has_lists, has_pair, is_batch, is_chat, is_gemini
+from .chats import is_glaive_text, is_text_cell, opened, other_chats, role_of, system_text
 from .content import UsedKeys, message_text
 from .markup import chat_markup, read_chat, strip_markup
 from .messages import ROLE_NAMES, SPEAKER_NAMES, DraftChat, MessageReader
 from .messages import find_messages, normalize_message, small_keys
-from .rows import RefusedRowError, article_rows, instance_rows, read_rows, tree_paths, tree_root
+from .rows import RefusedRowError, article_rows, instance_rows, read_rows
+from .rows import tree_paths, tree_root
 from .schema import SampleError
 from .tools import normalize_calls, normalize_tools, parse_json_text
 
@@ -80,7 +81,9 @@ def earlier_turns(past: Any, how: MessageReader, notes: list[str]) -> list[dict]
         raise RefusedRowError("the history is not a list of pairs, or of messages")
     out = []
     for q, a in past:
-        out += [{"role": "user", "content": message_text(q)}, {"role": "assistant", "content": message_text(a)}]
+        out += [
+            {"role": "user", "content": message_text(q)}, {"role": "assistant", "content": message_text(a)}
+        ]
     return out
 
 
@@ -104,7 +107,9 @@ def calls_column(row: dict) -> str | None:
     asked = any(isinstance(row.get(k), str) for k in (*ASKED_KEYS, "instruction", "input"))
     for key in CALL_COLUMNS if asked else ():
         found = opened(row.get(key))
-        if isinstance(found, list) and all(isinstance(c, dict) and ("name" in c or "function" in c) for c in found):
+        if isinstance(found, list) and all(
+            isinstance(c, dict) and ("name" in c or "function" in c) for c in found
+        ):
             if found or any(row.get(k) for k in TOOL_KEYS): return key
     return None
 
@@ -135,7 +140,9 @@ def from_answers(row: UsedKeys, how: MessageReader) -> DraftChat:
     is_span = isinstance(found, dict) or any(isinstance(a, dict) for a in found)
     every = found["text"] if isinstance(found, dict) else found
     every = [every] if isinstance(every, str) else every
-    texts = [message_text(a.get("text", a.get("answer")) if isinstance(a, dict) else a, "an answer") for a in every]
+    texts = [
+        message_text(a.get("text", a.get("answer")) if isinstance(a, dict) else a, "an answer") for a in every
+    ]
     texts = list(dict.fromkeys(text for text in texts if text.strip()))
     if len(texts) > 1 and not is_span:
         raise RefusedRowError(f"answers holds {len(texts)} different answers", "keep the one that is meant")
@@ -147,8 +154,8 @@ def from_answers(row: UsedKeys, how: MessageReader) -> DraftChat:
 # %% ../../nbs/data/19_formats.ipynb #speakers
 ASKERS = set("patient customer client student human user person caller visitor".split())
 REPLIERS = set(
-    "doctor physician nurse agent therapist counselor counsellor psychologist teacher tutor assistant bot chatbot ai "
-    "gpt model support".split()
+    "doctor physician nurse agent therapist counselor counsellor psychologist teacher tutor assistant bot "
+    "chatbot ai gpt model support".split()
 )
 TWO_COLUMNS = (("q", "a"), ("inputs", "targets"), ("input_text", "output_text"), ("text_input", "output"))
 
@@ -157,14 +164,16 @@ def speaker_columns(row: dict) -> tuple[str, str] | None:
     "Two columns, of who asks and who answers, if there is one of each; with texts, or lists of as many."
     for q, a in TWO_COLUMNS:
         if q in row and a in row: return (q, a) if is_text_cell(row[q]) and is_text_cell(row[a]) else None
-    kind = lambda k: isinstance(opened(row[k]), str | list)
-    asked, replied = ([k for k in row if k in names and kind(k)] for names in (ASKERS, REPLIERS))
+    said = [k for k in row if isinstance(opened(row[k]), str | list)]
+    asked, replied = ([k for k in said if k in names] for names in (ASKERS, REPLIERS))
     if len(asked) != 1 or len(replied) != 1: return None
     q, a = opened(row[asked[0]]), opened(row[replied[0]])
-    same = type(q) is type(a) and (isinstance(q, str) or q and len(q) == len(a) and all(map(is_text_cell, q + a)))
+    same = type(q) is type(a) and (
+        isinstance(q, str) or q and len(q) == len(a) and all(map(is_text_cell, q + a))
+    )
     return (asked[0], replied[0]) if same else None
 
-
+# %% ../../nbs/data/19_formats.ipynb #from-speakers
 def from_speakers(row: UsedKeys, how: MessageReader) -> DraftChat:
     "Two columns named after their speakers: a text each, or a list of the turns of each."
     return _from_two(row, how, *speaker_columns(row.thing))
@@ -173,10 +182,15 @@ def from_speakers(row: UsedKeys, how: MessageReader) -> DraftChat:
 def _from_two(row: UsedKeys, how: MessageReader, question: str, answer: str) -> DraftChat:
     "The turns in two columns"
     asked, said = opened(row.get(question)), opened(row.get(answer))
-    turns = zip(asked, said) if isinstance(asked, list) and isinstance(said, list) else [(row.get(question), row.get(answer))]
-    chat = [m for q, a in turns for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
+    turns = zip(asked, said) if isinstance(asked, list) and isinstance(said, list) else [
+        (row.get(question), row.get(answer))
+    ]
+    chat = [
+        m for q, a in turns for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})
+    ]
     for m, what in zip(chat, ("question", "answer")):
-        if not message_text(m["content"], f"the {what}").strip(): raise RefusedRowError(f"the {what} is empty")
+        if not message_text(m["content"], f"the {what}").strip():
+            raise RefusedRowError(f"the {what} is empty")
     return draft_chat(chat, row, how)
 
 # %% ../../nbs/data/19_formats.ipynb #markup
@@ -251,9 +265,11 @@ def is_preference(row: dict) -> bool:
     if several and judged: return True
     if several >= 2 and not any(key in keys for key in ANSWER_KEYS): return True
     if isinstance(row.get("generations"), list) and len(row["generations"]) > 1: return True
-    if any(_are_compared(row.get(key)) for key in ("responses", "completions", "outputs", "candidates")): return True
+    if any(_are_compared(row.get(key)) for key in ("responses", "completions", "outputs", "candidates")):
+        return True
     answers = row.get("answers")
-    if _are_compared(answers) and all(isinstance(a, dict) and not _RANKS.isdisjoint(a) for a in answers): return True
+    if _are_compared(answers) and all(isinstance(a, dict) and not _RANKS.isdisjoint(a) for a in answers):
+        return True
     answers = row.get("output") if "instruction" in row else None
     return isinstance(answers, list) and len(answers) > 1 and all(isinstance(a, str) for a in answers)
 
@@ -309,31 +325,6 @@ class Format:
     parts: str = ""  # the format of those
 
 
-def _is_turns(row: dict) -> bool:
-    "Whether a conversation is texts, pairs, or objects with a question and an answer"
-    key = chat_column(row)
-    value = opened(row[key]) if key else None
-    if not isinstance(value, list) or not value: return False
-    return all(isinstance(m, list | str) or isinstance(m, dict) and _is_turn(m) for m in value)
-
-
-def _is_turn(item: dict) -> bool:
-    said = {k for k, v in small_keys(item).items() if v is not None}
-    return len(said) > 1 and said.isdisjoint((*SPEAKER_NAMES, "type"))
-
-
-def _holds_questions(row: dict) -> bool:
-    "Whether a row is an article with questions about its passages"
-    if isinstance(row.get("qas"), list): return True
-    found = row.get("paragraphs")
-    return isinstance(found, list) and any(isinstance(p, dict) and "qas" in p for p in found)
-
-
-def _has_instances(row: dict) -> bool:
-    found = row.get("instances")
-    return "instruction" in row and isinstance(found, list) and all(isinstance(i, dict) for i in found)
-
-
 def _starts_with(key: str) -> Callable[[dict], bool]:
     "A test for rows whose first message has a key"
     return lambda row: key in (first_message(row) or {})
@@ -360,15 +351,43 @@ def _is_text(row: dict) -> bool: return any(isinstance(row[k], str | None) for k
 def _has_gap(row: dict) -> bool:
     return all(isinstance(row.get(k), str) for k in ("prefix", "suffix", "middle"))
 
-# %% ../../nbs/data/19_formats.ipynb #formats
-_PAIRS = f"a question ({', '.join(QUESTION_KEYS[2:])}) and an answer ({', '.join(ANSWER_KEYS)})"
-_FORMATS = (  # name, what a row looks like, test, reader, columns
+# %% ../../nbs/data/19_formats.ipynb #more-tests
+def _is_turns(row: dict) -> bool:
+    "Whether a conversation is texts, pairs, or objects with a question and an answer"
+    key = chat_column(row)
+    value = opened(row[key]) if key else None
+    if not isinstance(value, list) or not value: return False
+    return all(isinstance(m, list | str) or isinstance(m, dict) and _is_turn(m) for m in value)
+
+
+def _is_turn(item: dict) -> bool:
+    said = {k for k, v in small_keys(item).items() if v is not None}
+    return len(said) > 1 and said.isdisjoint((*SPEAKER_NAMES, "type"))
+
+
+def _holds_questions(row: dict) -> bool:
+    "Whether a row is an article with questions about its passages"
+    if isinstance(row.get("qas"), list): return True
+    found = row.get("paragraphs")
+    return isinstance(found, list) and any(isinstance(p, dict) and "qas" in p for p in found)
+
+
+def _has_instances(row: dict) -> bool:
+    found = row.get("instances")
+    return "instruction" in row and isinstance(found, list) and all(isinstance(i, dict) for i in found)
+
+# %% ../../nbs/data/19_formats.ipynb #wrapped-formats
+_Entry = tuple  # the fields of a `Format`, its columns as words
+_WRAPPED: tuple[_Entry, ...] = (
     (
         "preference", "a chosen and a rejected answer", is_preference, refuse_preference,
         "prompt chosen rejected",
     ),
     ("fim", "prefix, suffix, middle", _has_gap, refuse_gap, "prefix suffix middle"),
-    ("batch", "a request with messages, and its response", is_batch, from_batch, "custom_id body request response"),
+    (
+        "batch", "a request with messages, and its response", is_batch, from_batch,
+        "custom_id body request response"
+    ),
     ("gemini", "contents whose items have parts", is_gemini, from_gemini, "contents systeminstruction"),
     (
         "tree", "a tree of messages with replies", lambda row: tree_root(row) is not None, from_chat,
@@ -383,12 +402,17 @@ _FORMATS = (  # name, what a row looks like, test, reader, columns
         lambda row: continued_columns(row) is not None, from_continued, "prompt completion",
     ),
     (
-        "glaive-text", "chat, a text with USER: and ASSISTANT:", is_glaive_text, from_glaive_text, "system chat",
+        "glaive-text", "chat, a text with USER: and ASSISTANT:", is_glaive_text, from_glaive_text,
+        "system chat",
     ),
     (
         "turns", "a conversation of texts, pairs, or questions with answers", _is_turns, from_chat,
         "conversation conversations data",
     ),
+)
+
+# %% ../../nbs/data/19_formats.ipynb #chat-formats
+_CHATS: tuple[_Entry, ...] = (
     (
         "glaive", "function_description, and conversations of from/value", _is_glaive, from_glaive,
         "function_description conversations",
@@ -415,6 +439,11 @@ _FORMATS = (  # name, what a row looks like, test, reader, columns
         "instances", "instruction, and instances with input and output", _has_instances, from_pairs,
         "instances", instance_rows, "alpaca",
     ),
+)
+
+# %% ../../nbs/data/19_formats.ipynb #formats
+_PAIRS = f"a question ({', '.join(QUESTION_KEYS[2:])}) and an answer ({', '.join(ANSWER_KEYS)})"
+_COLUMNS: tuple[_Entry, ...] = (
     (
         "message", "one message: role and text", is_one_message, refuse_message,
         "role text parent_id conversation_id",
@@ -428,14 +457,17 @@ _FORMATS = (  # name, what a row looks like, test, reader, columns
         "text",
     ),
     ("pairs", _PAIRS, has_pair, from_pairs, " ".join((*QUESTION_KEYS, *ANSWER_KEYS))),
-    ("answers", "a question, perhaps its context, and a list of answers", has_answers, from_answers, "question answers"),
+    (
+        "answers", "a question, perhaps its context, and a list of answers", has_answers, from_answers,
+        "question answers"
+    ),
     (
         "speakers", "two columns named after their speakers (patient and doctor, q and a)",
         lambda row: speaker_columns(row) is not None, from_speakers, "patient doctor customer agent",
     ),
     ("text", f"plain text under one of {', '.join(TEXT_KEYS)}", _is_text, from_text, " ".join(TEXT_KEYS)),
 )
-FORMATS = {f[0]: Format(*f[:4], tuple(f[4].split()), *f[5:]) for f in _FORMATS}
+FORMATS = {f[0]: Format(*f[:4], tuple(f[4].split()), *f[5:]) for f in (*_WRAPPED, *_CHATS, *_COLUMNS)}
 READ_FORMATS = tuple(name for name, f in FORMATS.items() if not f.read.__name__.startswith("refuse"))
 
 # %% ../../nbs/data/19_formats.ipynb #named
@@ -455,11 +487,49 @@ class FormatGuess:
     def __str__(self) -> str: return f"{self.name}: {self.why}"
 
 
-USUAL_FORMATS = ("openai", "sharegpt", "alpaca", "pairs", "text")
-
-
 class UnknownFormatError(ValueError):
     "Rows of no format that is known; shows them, and the nearest formats."
+
+# %% ../../nbs/data/19_formats.ipynb #nearest
+def _nearest(columns: list[str]) -> list[str]:
+    "Up to three formats whose columns have similar names"
+    near = {}
+    for name in READ_FORMATS:
+        known = FORMATS[name].columns
+        found = [
+            (c.lower(), match) for c in columns for match in get_close_matches(c.lower(), known, 1, 0.75)
+        ]
+        alike = sum(SequenceMatcher(None, *pair).ratio() for pair in found)
+        if found: near[name] = (-alike, -len(found) / len(known))  # alike, then how much of it
+    return sorted(near, key=near.get)[:3]
+
+
+def _advice(rows: list[dict], columns: list[str]) -> str:
+    "What to do with columns of unknown names"
+    if any(c.endswith(("?", ".", "!")) or c.count(" ") > 2 for c in columns):
+        return "the first line looks like data: write a header such as question,answer above it"
+    several = other_chats(rows[0])
+    if len(several) > 1:
+        return f"{' and '.join(several)} hold conversations: rename the one that is meant to messages"
+    texts = [c for c in text_columns(rows) if c in columns] or text_columns(rows)
+    if len(texts) < 2: return "rename the columns, or give format="
+    names = f"({texts[0]} and {texts[1]}?)"
+    if texts[0] not in columns: return f"name the two that are meant, question= and answer= {names}"
+    named = "or name them: question=, answer="
+    return f"rename two columns to question and answer {names}, {named}; or give format="
+
+
+def text_columns(rows: list[dict]) -> list[str]:
+    "The columns with texts, those within an object by its column, a dot and their key."
+    found: dict[str, None] = {}
+    for row in rows:
+        for key, value in row.items():
+            inner = {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+            found |= {str(k): None for k, v in inner.items() if isinstance(v, str | int | float)}
+    return list(found)
+
+# %% ../../nbs/data/19_formats.ipynb #unknown
+USUAL_FORMATS = ("openai", "sharegpt", "alpaca", "pairs", "text")
 
 
 def _unknown(rows: list[dict], every: list[tuple[Any, Any]]) -> str:
@@ -477,41 +547,6 @@ def _unknown(rows: list[dict], every: list[tuple[Any, Any]]) -> str:
     also = f"\nbesides, rows that cannot be read: {bad}" if bad else ""
     what = f"the columns {', '.join(columns)} are of no format that is known; the first rows are\n{shown}"
     return f"{what}\n{title}\n{hints}\n{_advice(rows, columns)}{also}"
-
-
-def _nearest(columns: list[str]) -> list[str]:
-    "Up to three formats whose columns have similar names"
-    near = {}
-    for name in READ_FORMATS:
-        known = FORMATS[name].columns
-        found = [(c.lower(), match) for c in columns for match in get_close_matches(c.lower(), known, 1, 0.75)]
-        alike = sum(SequenceMatcher(None, *pair).ratio() for pair in found)
-        if found: near[name] = (-alike, -len(found) / len(known))  # how much alike, then how much of the format
-    return sorted(near, key=near.get)[:3]
-
-
-def _advice(rows: list[dict], columns: list[str]) -> str:
-    "What to do with columns of unknown names"
-    if any(c.endswith(("?", ".", "!")) or c.count(" ") > 2 for c in columns):
-        return "the first line looks like data: write a header such as question,answer above it"
-    several = other_chats(rows[0])
-    if len(several) > 1:
-        return f"{' and '.join(several)} hold conversations: rename the one that is meant to messages"
-    texts = [c for c in text_columns(rows) if c in columns] or text_columns(rows)
-    if len(texts) < 2: return "rename the columns, or give format="
-    names = f"({texts[0]} and {texts[1]}?)"
-    if texts[0] not in columns: return f"name the two that are meant, question= and answer= {names}"
-    return f"rename two columns to question and answer {names}, or name them: question=, answer=; or give format="
-
-
-def text_columns(rows: list[dict]) -> list[str]:
-    "The columns with texts, those within an object by its column, a dot and their key."
-    found: dict[str, None] = {}
-    for row in rows:
-        for key, value in row.items():
-            inner = {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
-            found |= {str(k): None for k, v in inner.items() if isinstance(v, str | int | float)}
-    return list(found)
 
 # %% ../../nbs/data/19_formats.ipynb #guess-format
 def guess_format(source: Any, among: int = 200, lines: bool = False) -> FormatGuess:

@@ -198,7 +198,8 @@ def _name(call: dict) -> Any: return (call.get("function") or call).get("name")
 def _tagged_results(m: dict, before: dict) -> list[dict]:
     "A message, or the results that are all it says; a user's only behind a call"
     text, asked = m.get("content"), before.get("content")
-    if m["role"] not in ("tool", "user") or not isinstance(text, str) or "<tool_response>" not in text: return [m]
+    if m["role"] not in ("tool", "user") or not isinstance(text, str) or "<tool_response>" not in text:
+        return [m]
     has_call = before.get("tool_calls") or isinstance(asked, str) and calls_in_text(asked)
     if _RESULT.sub("", text) or m["role"] == "user" and not has_call: return [m]
     return [{**m, "role": "tool", "content": found[1]} for found in _RESULT.finditer(text)]

@@ -254,9 +254,22 @@ def is_null(call: Any) -> bool:
     "Whether nothing in a call has a value, as in a column of a table."
     return isinstance(call, dict) and all(value is None for value in call.values())
 
+# %% ../../nbs/data/16_tools.ipynb #literal
+_JSON_WORDS = {"true": True, "false": False, "null": None}
+
+
+def _literal(node: ast.AST) -> Any:
+    "What an argument says, with JSON's words for True, False and None"
+    class Words(ast.NodeTransformer):
+        def visit_Name(self, name: ast.Name) -> ast.AST:  # noqa: N802
+            return ast.Constant(_JSON_WORDS[name.id]) if name.id in _JSON_WORDS else name
+
+    value = ast.literal_eval(Words().visit(node))
+    json.dumps(value)  # sets, bytes and the like are no data
+    return value
+
 # %% ../../nbs/data/16_tools.ipynb #python-calls
 _CALL_HEAD = re.compile(r"\s*([A-Za-z_][\w .\-/]*?)\s*\(")
-_JSON_WORDS = {"true": True, "false": False, "null": None}
 
 
 def python_calls(text: str) -> list[dict]:
@@ -285,34 +298,9 @@ def _python_arguments(text: str, begin: int) -> tuple[dict, int]:
         return {k.arg: _literal(k.value) for k in call.keywords}, end
     raise ValueError("no named arguments")
 
-
-def _literal(node: ast.AST) -> Any:
-    "What an argument says, with JSON's words for True, False and None"
-    class Words(ast.NodeTransformer):
-        def visit_Name(self, name: ast.Name) -> ast.AST:  # noqa: N802
-            return ast.Constant(_JSON_WORDS[name.id]) if name.id in _JSON_WORDS else name
-
-    value = ast.literal_eval(Words().visit(node))
-    json.dumps(value)  # sets, bytes and the like are no data
-    return value
-
-# %% ../../nbs/data/16_tools.ipynb #calls-in-text
-_TAGGED = re.compile(r"<(tool_calls?|function_?calls?)>(.*?)(?:</\1>|(?=<\1>)|$)", re.S)
-_ENDS = re.compile(r"\s*(?:<\|(?:endoftext|im_end|eot_id|eom_id)\|>|</s>)\s*$")
+# %% ../../nbs/data/16_tools.ipynb #written-calls
 _FENCE = re.compile(r"```(?:json|python)?\s*\n(.*?)\n?\s*```", re.S)
 _CALL_KEYS = {"name", "arguments", "parameters", "args", "input", "id", "type"}
-
-
-def calls_in_text(text: str) -> tuple[str, list[dict]] | None:
-    "`(words before, calls)` of a text that ends in calls: in tags, as JSON, or as in Python; None for others."
-    text, tagged = _ENDS.sub("", text), []
-    for found in _TAGGED.finditer(text): tagged.append(found)
-    before = text[: tagged[0].start()] if tagged else ""
-    if tagged and _TAGGED.sub("", text[len(before) :]).strip(): return None
-    try: calls = [c for t in ([m[2] for m in tagged] or [text]) for c in _written_calls(t)]
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError): return None
-    return (before.strip(), calls) if calls and all(map(_is_call, calls)) else None
-
 
 def _written_calls(text: str) -> list:
     "The objects in a text that is nothing but calls"
@@ -333,9 +321,39 @@ def _is_call(value: Any) -> bool:
     has_name = isinstance(inner.get("name"), str) and inner["name"].strip()
     return bool(has_name) and inner.keys() <= _CALL_KEYS and len(inner) > 1
 
+# %% ../../nbs/data/16_tools.ipynb #calls-in-text
+_TAGGED = re.compile(r"<(tool_calls?|function_?calls?)>(.*?)(?:</\1>|(?=<\1>)|$)", re.S)
+_ENDS = re.compile(r"\s*(?:<\|(?:endoftext|im_end|eot_id|eom_id)\|>|</s>)\s*$")
+
+
+def calls_in_text(text: str) -> tuple[str, list[dict]] | None:
+    "`(words before, calls)` of a text that ends in calls: tagged, as JSON, or as in Python; None for others."
+    text, tagged = _ENDS.sub("", text), []
+    for found in _TAGGED.finditer(text): tagged.append(found)
+    before = text[: tagged[0].start()] if tagged else ""
+    if tagged and _TAGGED.sub("", text[len(before) :]).strip(): return None
+    try: calls = [c for t in ([m[2] for m in tagged] or [text]) for c in _written_calls(t)]
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError): return None
+    return (before.strip(), calls) if calls and all(map(_is_call, calls)) else None
+
+# %% ../../nbs/data/16_tools.ipynb #words-around
+_LESSON = re.compile(
+    r"</?tools?>|</?tool_call|<functioncall|XML tags|\[func|func(?:tion)?_?(?:name)?1?\(|pydantic", re.I
+)
+
+
+def _words_around(before: str, behind: str) -> str:
+    "What a prompt says besides its tools: not what leads to the list, nor how a call is written"
+    kept = [
+        s for s in re.findall(r"\s*\S.*?(?:[.!?](?=\s|$)|(?=\n)|$)", before, re.S) if not _LESSON.search(s)
+    ]
+    if kept and not kept[-1].rstrip().endswith((".", "!", "?")): kept.pop()
+    behind = re.sub(r"^(?:\s*</tools>)?[\s.]*", "", behind)
+    words = ["".join(kept).strip(), "" if _LESSON.search(behind) else behind.strip()]
+    return "\n\n".join(w for w in words if w)
+
 # %% ../../nbs/data/16_tools.ipynb #tools-in-text
 _DECODER = json.JSONDecoder()
-_LESSON = re.compile(r"</?tools?>|</?tool_call|<functioncall|XML tags|\[func|func(?:tion)?_?(?:name)?1?\(|pydantic", re.I)
 
 
 def tools_in_text(text: str, named: bool = False) -> tuple[str, list[dict]] | None:
@@ -365,12 +383,3 @@ def _is_function(value: Any, named: bool) -> bool:
     if not isinstance(value, dict): return False
     inner = value["function"] if isinstance(value.get("function"), dict) else value
     return isinstance(inner.get("name"), str) and (named or isinstance(inner.get("parameters"), dict))
-
-
-def _words_around(before: str, behind: str) -> str:
-    "What a prompt says besides its tools: not what leads to the list, nor how a call is written"
-    kept = [s for s in re.findall(r"\s*\S.*?(?:[.!?](?=\s|$)|(?=\n)|$)", before, re.S) if not _LESSON.search(s)]
-    if kept and not kept[-1].rstrip().endswith((".", "!", "?")): kept.pop()
-    behind = re.sub(r"^(?:\s*</tools>)?[\s.]*", "", behind)
-    words = ["".join(kept).strip(), "" if _LESSON.search(behind) else behind.strip()]
-    return "\n\n".join(w for w in words if w)
