@@ -85,7 +85,7 @@ def chat_column(row: dict) -> str | None:
     known = next((key for key in CHAT_KEYS if _messages_in(row.get(key)) is not None), None)
     if known is not None: return known
     for key in TURN_COLUMNS:
-        said = _messages_in(row.get(key))
+        said = _messages_in(opened(row.get(key)))
         if said and len(said) > 1 and all(isinstance(m, dict) and "role" in m for m in said): return key
     others = other_chats(row)
     return others[0] if len(others) == 1 and not has_pair(row) else None
@@ -345,9 +345,8 @@ def continued_columns(row: dict) -> tuple[str, str] | None:
         last = role_of(find_messages(opened(row[chats[0]]))[-1])
         return (chats[0], answers[0]) if last in ("user", "tool") else None
     asked = [k for k in PROMPT_COLUMNS if isinstance(row.get(k), str) and k not in CONTEXT_KEYS]
-    has_messages = not isinstance(row[answers[0]], str) and (
-        is_chat(row[answers[0]]) or is_answer(row[answers[0]])
-    )
+    said = row[answers[0]]
+    has_messages = is_chat(said) or not isinstance(said, str) and is_answer(said)
     return (asked[0], answers[0]) if len(asked) == 1 and has_messages else None
 
 

@@ -39,7 +39,8 @@ def is_conversation(value: Any) -> bool:
 
 def is_message(value: Any) -> bool:
     "Whether an object has a speaker, and nothing that only rows have."
-    if not isinstance(value, dict) or not any(key in value for key in SPEAKER_KEYS): return False
+    if not isinstance(value, dict): return False
+    if not any(key in value and not isinstance(value[key], list) for key in SPEAKER_KEYS): return False
     return NOT_MESSAGES.isdisjoint(value)
 
 

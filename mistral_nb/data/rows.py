@@ -51,7 +51,10 @@ def is_too_deep(value: Any, most: int = MAX_DEPTH) -> bool:
 
 def parse_json_cells(row: dict, twice: list[str] | None = None) -> dict:
     "A row in which columns of conversations and tools that hold text, as in csv files, hold what it says."
-    return {k: _said(v, twice) if k in NESTED_ROWS and isinstance(v, str) else v for k, v in row.items()}
+    return {k: _said(v, twice) if isinstance(v, str) and _is_nested(k) else v for k, v in row.items()}
+
+
+def _is_nested(name: Any) -> bool: return isinstance(name, str) and name.strip().lower() in NESTED_ROWS
 
 
 def _said(text: str, twice: list[str] | None) -> Any:
