@@ -260,8 +260,9 @@ LAYOUTS = {  # a row, its format, its messages
     "Glaive's second edition": (
         {
             "system": f"SYSTEM: {BRIEF[1][:-1]}. -\n{json.dumps(TOOL, indent=1)}\n",
-            "chat": 'USER: Wind?\n\n\nASSISTANT: <functioncall> {"name": "get_wind", "arguments": \'{"port": "Vannes"}\'} '
-            '<|endoftext|>\n\n\nFUNCTION RESPONSE: {"knots": 9}\n\n\nASSISTANT: Nine knots. <|endoftext|>\n',
+            "chat": """USER: Wind?\n\n\nASSISTANT: <functioncall> """
+            """{"name": "get_wind", "arguments": '{"port": "Vannes"}'} <|endoftext|>\n\n\n"""
+            """FUNCTION RESPONSE: {"knots": 9}\n\n\nASSISTANT: Nine knots. <|endoftext|>\n""",
         },
         "glaive-text",
         [BRIEF, *CALLED],

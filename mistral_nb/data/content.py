@@ -159,7 +159,7 @@ def _gemini_part(part: Any) -> tuple[str, Any, bool]:
             f"content holds {', '.join(found) or 'an empty part'}, only text can be trained on"
         )
     value = small[found[0]]
-    if (kind == "text") != isinstance(value, str):
+    if not isinstance(value, str if kind == "text" else dict):
         raise RefusedRowError(f"a part's {found[0]} cannot be read")
     return kind, value, bool(small.get("thought"))
 
@@ -168,9 +168,11 @@ def split_parts(message: Any) -> list[dict]:
     "An item of Gemini's `contents` as messages of ours; `RefusedRowError` for a part that is no text."
     if isinstance(message, str): return [{"role": "user", "content": message}]
     if not isinstance(message, dict): raise RefusedRowError("an item of the contents is no object")
-    parts = message.get("parts")
+    parts = message.get("parts") or []
+    if not isinstance(parts, list | dict | str):
+        raise RefusedRowError("the parts of a message are not a list")
     results, calls, said = [], [], []
-    for part in [parts] if isinstance(parts, dict | str) else parts or []:
+    for part in parts if isinstance(parts, list) else [parts]:
         kind, value, is_thought = _gemini_part(part)
         if kind == "call": calls.append({"name": value.get("name"), "arguments": value.get("args")})
         elif kind == "result":

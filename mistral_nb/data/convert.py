@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MEDIA_KEYS', 'APPROVAL_KEYS', 'REJECTION_KEYS', 'FLAG_KEYS', 'PASSED_KEYS', 'refuse_unwanted', 'texts_of_row',
            'oddity_notes', 'rows_in', 'convert_row', 'Conversion', 'conversion_table', 'cell_at', 'check_names',
-           'named_format', 'check_target', 'kept_rows', 'convert', 'refused_file', 'write_refused', 'finetune_reformat']
+           'named_format', 'check_target', 'kept_rows', 'join_batches', 'convert', 'refused_file', 'write_refused',
+           'finetune_reformat']
 
 # %% ../../nbs/data/28_convert.ipynb #imports
 import ast
@@ -15,13 +16,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 from ..core.display import Table, one_line
 from .content import CallIds, UsedKeys, answer_weight, message_text, parse_flag
-from .chats import draft_chat, is_chat, opened
+from .chats import draft_chat, is_chat, opened, request_of
 from .formats import FORMATS, READ_FORMATS, Format, guess_format, named_columns, text_columns
 from .formats import UnknownFormatError  # noqa: F401
+from .lenient import ReadRow
 from .markup import CONTROL, find_marks
 from .messages import ROLE_NAMES, DraftChat, MessageReader, UnreadableCallError
 from .messages import find_messages, finish_draft
@@ -279,7 +281,7 @@ def check_target(source: Any, to: Path, overwrite: bool) -> None:
 
 # %% ../../nbs/data/28_convert.ipynb #kept-rows
 def kept_rows(
-    stream: Rows, out: Conversion, notes: Counter, seed: int, version: int | None, form: Format | None = None
+    stream: Iterable, out: Conversion, notes: Counter, seed: int, version: int | None, form: Format | None = None
 ) -> Iterator[dict]:
     "The converted rows of a stream; `out` and `notes` count on the way."
     form = form or FORMATS[out.format]
@@ -301,6 +303,24 @@ def kept_rows(
                 notes.update(changed)
                 out.kept += 1
                 yield found
+
+# %% ../../nbs/data/28_convert.ipynb #join
+def join_batches(stream: Rows, notes: Counter) -> Iterator[tuple[Any, Any]]:
+    "The rows of a batch, requests joined with their responses by `custom_id`; what has no partner at the end."
+    waiting: dict[Any, tuple[Any, dict]] = {}
+    for where, row in stream:
+        name = row.get("custom_id") if isinstance(row, dict) else None
+        is_request = isinstance(row, dict) and request_of(row) is not None
+        is_half = isinstance(name, str | int) and is_request != any(k in row for k in ("response", "result"))
+        if not is_half: yield where, row
+        elif name not in waiting: waiting[name] = where, row
+        elif is_request == (request_of(waiting[name][1]) is not None): yield where, row
+        else:
+            first, other = waiting.pop(name)
+            request, response = (row, other) if is_request else (other, row)
+            notes["requests and responses joined by custom_id"] += 1
+            yield first, ReadRow({**{k: v for k, v in response.items() if v is not None}, **request})
+    yield from waiting.values()
 
 # %% ../../nbs/data/28_convert.ipynb #asked
 def _version_number(version: str | int | None) -> int | None:
@@ -345,7 +365,8 @@ def convert(
     if to is not None: check_target(source, Path(to), overwrite)
     number, form = _version_number(version), _asked_format(source, format, question, answer, lines)
     out, notes, stream = Conversion(form.name, [], [], {}), Counter(), read_rows(source, lines)
-    rows = kept_rows(stream, out, notes, seed, number, form)
+    pairs = join_batches(stream, notes) if form.name == "batch" else stream
+    rows = kept_rows(pairs, out, notes, seed, number, form)
     if to is None: out.rows = list(rows)
     elif (first := next(rows, None)) is not None:
         write_rows(chain([first], rows), to, overwrite)

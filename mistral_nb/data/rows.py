@@ -180,7 +180,8 @@ def tree_paths(row: dict) -> list[ReadRow]:
 def _walk(node: dict, path: list[dict], paths: list[list[dict]]) -> None:
     "Add the ways below a node that end in an answer"
     path, before = [*path, node], len(paths)
-    replies = [r for r in node.get("replies") or [] if isinstance(r, dict) and not r.get("deleted")]
+    found = node["replies"] if isinstance(node.get("replies"), list) else []
+    replies = [r for r in found if isinstance(r, dict) and not r.get("deleted")]
     for reply in sorted(replies, key=lambda r: r["rank"] if isinstance(r.get("rank"), int | float) else 1e9):
         _walk(reply, path, paths)
     if len(paths) == before and _answers(node): paths.append(path)
@@ -197,7 +198,8 @@ def article_rows(row: dict) -> list[dict]:
     for passage in passages:
         if not isinstance(passage, dict): continue
         context = {k: v for k, v in passage.items() if k not in ("qas", "paragraphs")}
-        out += [{**beside, **context, **qa} for qa in passage.get("qas") or [] if isinstance(qa, dict)]
+        asked = passage["qas"] if isinstance(passage.get("qas"), list) else []
+        out += [{**beside, **context, **qa} for qa in asked if isinstance(qa, dict)]
     return out
 
 
