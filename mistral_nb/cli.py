@@ -341,6 +341,9 @@ def convert_options(p: ArgumentParser) -> None:
     p.add_argument("source", help="a jsonl, json, csv, parquet or txt file, or a folder of them")
     p.add_argument("to", help="the .jsonl file to write")
     p.add_argument("--format", default=None, help="the format; guessed from the rows by default")
+    p.add_argument("--question", default=None, help="the column that asks, where names do not tell")
+    p.add_argument("--answer", default=None, help="the column that answers; a.b for b within a")
+    p.add_argument("--lines", action="store_true", help="each line of a text file is a document")
     which = "a model folder, a tokenizer file or a version: rows for it, not for any"
     p.add_argument("--tokenizer", default=None, help=which)
     p.add_argument("--seed", type=int, default=0, help="for the ids of calls")
@@ -351,12 +354,13 @@ def cmd_convert(args: Namespace) -> int:
     "Rows of another format to JSON lines that training takes; exit code 1 if no row could be converted."
     from mistral_nb.data.convert import convert, guess_format, refused_file, write_refused
     refused_file(args.to)  # before anything is read
-    if not args.format: print(guess_format(args.source))
+    named = {"question": args.question, "answer": args.answer, "lines": args.lines}
+    if not (args.format or args.question or args.answer): print(guess_format(args.source, lines=args.lines))
     version = None
     if args.tokenizer:
         from mistral_nb.data.tokens import load_tokenizer
         version = load_tokenizer(args.tokenizer).number
-    done = convert(args.source, args.format, args.to, args.seed, args.overwrite, version)
+    done = convert(args.source, args.format, args.to, args.seed, args.overwrite, version, **named)
     refused = write_refused(done, args.to)
     print(done)
     nothing = f"no row could be converted: {args.to} is not written"
@@ -364,7 +368,7 @@ def cmd_convert(args: Namespace) -> int:
     if refused: print(safe_text(f"the refused rows, each with its reason: {refused}"))
     return 0 if done.kept else 1
 
-
+# %% ../nbs/90_cli.ipynb #cache
 def cache_options(p: ArgumentParser) -> None:
     "Options of `mistral-nb cache`."
     kept = "the cache's folder; by default ~/.cache/mistral_nb/tokens"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEDIA_PARTS', 'THOUGHT_KEYS', 'TRAIN_FLAGS', 'ID_LETTERS', 'UsedKeys', 'message_text', 'content_part',
-           'message_content', 'is_blank', 'add_thoughts', 'thought_beside', 'without_thoughts', 'parse_flag',
-           'answer_weight', 'CallIds']
+           'message_content', 'is_blank', 'split_blocks', 'split_parts', 'add_thoughts', 'thought_beside',
+           'without_thoughts', 'parse_flag', 'answer_weight', 'CallIds']
 
 # %% ../../nbs/data/15_content.ipynb #imports
 import hashlib
@@ -103,6 +103,88 @@ def is_blank(content: Any) -> bool:
     "Whether a message says nothing."
     if isinstance(content, str): return not content.strip()
     return not any((p.get("text") or p.get("thinking") or "").strip() for p in content or [])
+
+# %% ../../nbs/data/15_content.ipynb #blocks
+def split_blocks(message: Any) -> list:
+    "A message whose content holds calls or results, as Anthropic writes them, as messages of ours."
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list): return [message]
+    results, calls, rest = [], [], []
+    for part in map(_block, content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "tool_use": calls.append({k: v for k, v in part.items() if k != "type"})
+        elif kind == "tool_result":
+            others = {k: v for k, v in part.items() if k not in ("type", "tool_use_id")}
+            results.append({"role": "tool", "tool_call_id": part.get("tool_use_id"), **others})
+        else: rest.append(part)
+    if not calls and not results: return [message]
+    said = {**message, "content": rest}
+    if calls: said["tool_calls"] = [*(message.get("tool_calls") or []), *calls]
+    return [*results, said] if rest or calls or len(message) > 2 else results
+
+
+def _block(part: Any) -> Any:
+    "A part in Anthropic's spelling"
+    if not isinstance(part, dict): return part
+    if isinstance(call := part.get("toolUse"), dict):
+        return {"type": "tool_use", "id": call.get("toolUseId"), **_without(call, "toolUseId")}
+    if not isinstance(found := part.get("toolResult"), dict): return part
+    said = [p["json"] if isinstance(p, dict) and "json" in p else p for p in found.get("content") or []]
+    if len(said) == 1 and said[0] not in found["content"]: said = said[0]
+    return {
+        "type": "tool_result", "tool_use_id": found.get("toolUseId"), "content": said,
+        **_without(found, "toolUseId", "content"),
+    }
+
+
+def _without(thing: dict, *keys: str) -> dict: return {k: v for k, v in thing.items() if k not in keys}
+
+# %% ../../nbs/data/15_content.ipynb #gemini-part
+_PART_KEYS = dict(  # as the API and its libraries write them
+    text="text", functioncall="call", function_call="call", functionresponse="result",
+    function_response="result",
+)
+_PART_MARKS = ("thought", "thoughtsignature", "thought_signature")  # beside what a part says
+
+
+def _gemini_part(part: Any) -> tuple[str, Any, bool]:
+    "What kind a part is, what it says, and whether that is a thought"
+    if isinstance(part, str): return "text", part, False
+    said = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {}
+    small = {k.lower(): v for k, v in said.items()}
+    found = [k for k in small if k not in _PART_MARKS]
+    kind = _PART_KEYS.get(found[0]) if len(found) == 1 else None
+    if kind is None:
+        raise RefusedRowError(
+            f"content holds {', '.join(found) or 'an empty part'}, only text can be trained on"
+        )
+    value = small[found[0]]
+    if not isinstance(value, str if kind == "text" else dict):
+        raise RefusedRowError(f"a part's {found[0]} cannot be read")
+    return kind, value, bool(small.get("thought"))
+
+# %% ../../nbs/data/15_content.ipynb #gemini
+def split_parts(message: Any) -> list[dict]:
+    "An item of Gemini's `contents` as messages of ours; `RefusedRowError` for a part that is no text."
+    if isinstance(message, str): return [{"role": "user", "content": message}]
+    if not isinstance(message, dict): raise RefusedRowError("an item of the contents is no object")
+    parts = message.get("parts") or []
+    if not isinstance(parts, list | dict | str):
+        raise RefusedRowError("the parts of a message are not a list")
+    results, calls, said = [], [], []
+    for part in parts if isinstance(parts, list) else [parts]:
+        kind, value, is_thought = _gemini_part(part)
+        if kind == "call": calls.append({"name": value.get("name"), "arguments": value.get("args")})
+        elif kind == "result":
+            results.append({"role": "tool", "name": value.get("name"), "content": value.get("response")})
+        else:
+            said.append(
+                {"type": "thinking", "thinking": value} if is_thought else {"type": "text", "text": value}
+            )
+    others = {k: v for k, v in message.items() if k not in ("role", "parts")}
+    out = {"role": message.get("role") or "user", "content": said, **others}
+    if calls: out["tool_calls"] = calls
+    return [*results, out] if said or calls or not results else results
 
 # %% ../../nbs/data/15_content.ipynb #thoughts
 _THINK = re.compile(r"\s*<(think|thinking)>(.*?)</\1>\s*", re.S)

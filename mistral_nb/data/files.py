@@ -39,7 +39,8 @@ def is_conversation(value: Any) -> bool:
 
 def is_message(value: Any) -> bool:
     "Whether an object has a speaker, and nothing that only rows have."
-    if not isinstance(value, dict) or not any(key in value for key in SPEAKER_KEYS): return False
+    if not isinstance(value, dict): return False
+    if not any(key in value and not isinstance(value[key], list) for key in SPEAKER_KEYS): return False
     return NOT_MESSAGES.isdisjoint(value)
 
 
@@ -56,8 +57,8 @@ def rows_of_value(value: Any) -> list:
 
 # %% ../../nbs/data/12_files.ipynb #columns
 NESTED_ROWS = (
-    "messages", "conversations", "conversation", "interactions", "tools", "functions", "available_tools",
-    "tool_calls",
+    "messages", "conversations", "conversation", "interactions", "chat", "dialogue", "dialog", "contents",
+    "tools", "functions", "available_tools", "tool_calls",
 )
 
 
@@ -290,9 +291,9 @@ def read_parquet(path: Path) -> Iterator[tuple[Location, Any]]:
             n += 1
             yield Location(str(path), n), row
 
-
-def read_text(path: Path, notes: Counter) -> Iterator[tuple[Location, Any]]:
-    "A text file as one document, unless it holds JSON lines."
+# %% ../../nbs/data/12_files.ipynb #read-text
+def read_text(path: Path, notes: Counter, lines: bool = False) -> Iterator[tuple[Location, Any]]:
+    "A text file as one document, or as one a line, unless it holds JSON lines."
     with open_text(path) as f: text = f.read()
     if text.lstrip()[:1] in ("{", "["):
         first = text.lstrip().partition("\n")[0]
@@ -303,6 +304,12 @@ def read_text(path: Path, notes: Counter) -> Iterator[tuple[Location, Any]]:
             notes["JSON in a text file"] += 1
             yield from read_json(path, notes)
             return
+    if lines:
+        notes["a text file read as a document a line"] += 1
+        for n, line in enumerate(text.splitlines(), 1):
+            where = Location(str(path), n)
+            if line.strip(): yield where, utf8_error(line, where) or {"text": line}
+        return
     where = Location(str(path))
     if len(text.strip().splitlines()) > 1: notes["a text file is one document, not a document a line"] += 1
     yield where, utf8_error(text, where) or {"text": text}
@@ -319,7 +326,7 @@ def file_kind(path: Path) -> str:
     return Path(path.stem).suffix.lower() if kind == ".gz" else kind
 
 
-def read_file(path: Path, notes: Counter) -> Iterator[tuple[Location, Any]]:
+def read_file(path: Path, notes: Counter, lines: bool = False) -> Iterator[tuple[Location, Any]]:
     "`(place, row)` of everything in a file; what cannot be read stands in its place as a `SampleError`."
     kind, last = file_kind(path), Location(str(path))
     if kind not in READABLE_SUFFIXES:
@@ -327,9 +334,9 @@ def read_file(path: Path, notes: Counter) -> Iterator[tuple[Location, Any]]:
         raise ValueError(f"{path} cannot be read as rows: {way_out}")
     if not path.is_file():
         raise ValueError(f"{path} is no file that can be read twice: save what comes from it")
-    readers = {".json": read_json, ".txt": read_text, ".md": read_text}
     try:
-        if kind in readers: found = readers[kind](path, notes)
+        if kind == ".json": found = read_json(path, notes)
+        elif kind in TEXT_SUFFIXES: found = read_text(path, notes, lines)
         elif kind in (".csv", ".tsv"): found = read_csv(path, "\t" if kind == ".tsv" else ",", notes)
         else: found = read_parquet(path) if kind == ".parquet" else read_json_lines(path)
         for last, row in found: yield last, row

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_DEPTH', 'to_plain_values', 'is_too_deep', 'parse_json_cells', 'Rows', 'read_rows', 'without_nulls',
-           'RefusedRowError', 'write_rows', 'to_json_line', 'row_groups', 'count_of', 'train_eval_split']
+           'RefusedRowError', 'tree_root', 'tree_paths', 'article_rows', 'instance_rows', 'write_rows', 'to_json_line',
+           'row_groups', 'count_of', 'train_eval_split']
 
 # %% ../../nbs/data/13_rows.ipynb #imports
 import json
@@ -50,7 +51,10 @@ def is_too_deep(value: Any, most: int = MAX_DEPTH) -> bool:
 
 def parse_json_cells(row: dict, twice: list[str] | None = None) -> dict:
     "A row in which columns of conversations and tools that hold text, as in csv files, hold what it says."
-    return {k: _said(v, twice) if k in NESTED_ROWS and isinstance(v, str) else v for k, v in row.items()}
+    return {k: _said(v, twice) if isinstance(v, str) and _is_nested(k) else v for k, v in row.items()}
+
+
+def _is_nested(name: Any) -> bool: return isinstance(name, str) and name.strip().lower() in NESTED_ROWS
 
 
 def _said(text: str, twice: list[str] | None) -> Any:
@@ -58,11 +62,11 @@ def _said(text: str, twice: list[str] | None) -> Any:
     except ValueError: return text
 
 # %% ../../nbs/data/13_rows.ipynb #sources
-def _rows_of_path(path: Path, notes: Counter) -> Iterator[tuple[Location, Any]]:
+def _rows_of_path(path: Path, notes: Counter, lines: bool) -> Iterator[tuple[Location, Any]]:
     if not path.exists(): raise FileNotFoundError(f"there is no {path}: looked in {Path.cwd()}")
     files = files_in(path, notes) if path.is_dir() else [path]
     if not files: raise ValueError(f"no file to read in {path}: looked for {', '.join(READABLE_SUFFIXES)}")
-    return (pair for file in files for pair in read_file(file, notes))
+    return (pair for file in files for pair in read_file(file, notes, lines))
 
 
 def _items(source: Any) -> Iterable:
@@ -98,10 +102,10 @@ class Rows(Iterator):
     def __next__(self) -> tuple[Location, Any]: return next(self.pairs)
 
 
-def read_rows(source: Any) -> Rows:
+def read_rows(source: Any, lines: bool = False) -> Rows:
     "`(place, row)` of a file, a folder of files, a DataFrame, an Arrow table or any iterable of rows."
     notes: Counter = Counter()
-    if isinstance(source, (str, Path)): found = _rows_of_path(Path(source), notes)
+    if isinstance(source, (str, Path)): found = _rows_of_path(Path(source), notes, lines)
     elif isinstance(source, dict): raise TypeError(_one_dict(source))
     else:
         numbered = enumerate(_items(source), 1)
@@ -143,6 +147,66 @@ class RefusedRowError(ValueError):
         super().__init__(f"{what}: {detail}" if detail else what)
 
     def __reduce__(self): return type(self), (self.what, self.detail)  # survives a process pool
+
+# %% ../../nbs/data/13_rows.ipynb #trees
+def tree_root(row: dict) -> dict | None:
+    "The first message of a row that is a tree of messages, each with its replies."
+    prompt = row.get("prompt")
+    for node in (prompt, row):
+        if isinstance(node, dict) and isinstance(node.get("replies"), list): return node
+    return None
+
+
+def tree_paths(row: dict) -> list[ReadRow]:
+    "A row for each way from a tree's first message down to a last answer, best ranks first."
+    root = tree_root(row)
+    beside = {} if root is row else {k: v for k, v in row.items() if k != "prompt"}
+    paths, seen, out = [], set(), []
+    _walk(root, [], paths)
+    for path in paths:
+        messages = []
+        for node in path:
+            said = {k: v for k, v in node.items() if k != "replies"}
+            if id(node) in seen and _answers(node): said["weight"] = 0
+            messages.append(said)
+        seen |= set(map(id, path))
+        out.append(ReadRow({**beside, "messages": messages}))
+        out[-1].notes = ("a tree of replies read as a conversation for each way to a last answer, by rank",)
+        shared = "answers that an earlier conversation of the tree has, too, not trained again"
+        if any(m.get("weight") == 0 for m in messages): out[-1].notes += (shared,)
+    return out
+
+
+def _walk(node: dict, path: list[dict], paths: list[list[dict]]) -> None:
+    "Add the ways below a node that end in an answer"
+    path, before = [*path, node], len(paths)
+    found = node["replies"] if isinstance(node.get("replies"), list) else []
+    replies = [r for r in found if isinstance(r, dict) and not r.get("deleted")]
+    for reply in sorted(replies, key=lambda r: r["rank"] if isinstance(r.get("rank"), int | float) else 1e9):
+        _walk(reply, path, paths)
+    if len(paths) == before and _answers(node): paths.append(path)
+
+
+def _answers(node: dict) -> bool: return str(node.get("role")).lower() in ("assistant", "bot", "model", "gpt")
+
+# %% ../../nbs/data/13_rows.ipynb #nested
+def article_rows(row: dict) -> list[dict]:
+    "A row for each question of an article with passages, as SQuAD's file has them."
+    beside = {k: v for k, v in row.items() if k not in ("paragraphs", "qas")}
+    passages = row["paragraphs"] if isinstance(row.get("paragraphs"), list) else [row]
+    out = []
+    for passage in passages:
+        if not isinstance(passage, dict): continue
+        context = {k: v for k, v in passage.items() if k not in ("qas", "paragraphs")}
+        asked = passage["qas"] if isinstance(passage.get("qas"), list) else []
+        out += [{**beside, **context, **qa} for qa in asked if isinstance(qa, dict)]
+    return out
+
+
+def instance_rows(row: dict) -> list[dict]:
+    "A row for each instance of an instruction, as Self-Instruct's seeds have them."
+    beside = {k: v for k, v in row.items() if k != "instances"}
+    return [{**beside, **i} for i in row["instances"] if isinstance(i, dict)]
 
 # %% ../../nbs/data/13_rows.ipynb #write
 def write_rows(rows: Iterable[dict], path: str | Path, overwrite: bool = False) -> int:

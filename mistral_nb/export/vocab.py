@@ -64,7 +64,7 @@ def check_extensible(folder: Path) -> ModelArgs:
     problem = f"{folder} has {args.vocab_size:,} tokens"
     if args.vocab_size != OLD_VOCAB:
         raise ModelError(f"{problem}: only a model with {OLD_VOCAB:,} is extended")
-    if args.tied_embeddings: raise ModelError(f"{problem}, and its output is the embedding: it is none of them")
+    if args.tied_embeddings: raise ModelError(f"{problem}, and its output is the embedding: it is another")
     if packed_kinds(weight_files(folder)): raise ModelError(f"{problem}, packed: extend it in 16 bits")
     return args
 
