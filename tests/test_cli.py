@@ -87,6 +87,22 @@ def test_generate_and_chat(session, shell_env, here):
     assert talk.count("Pim") == 1
 
 
+def test_complete(session, here):
+    "Texts go on, from arguments and line by line; the gap between two is filled"
+    folder, _ = session
+    short = ["--max-tokens", "3"]
+    said = here("complete", str(folder / "model"), "The cat", "A dog", *short).stdout
+    assert [line[:5] for line in said.splitlines() if line[:5] in ("The c", "A dog")] == ["The c", "A dog"]
+    assert here("complete", str(folder / "model"), *short, stdin="The cat\n\n").stdout.startswith("The cat")
+    assert here("complete", str(folder / "model"), "def f(", "--suffix", "return", *short).stdout.strip()
+
+
+def test_models(here):
+    "The table, narrowed, for a GPU that is not here"
+    said = here("models", "7B", "v0.3", "--gpu", "24", "--fits").stdout
+    assert "7B-Instruct-v0.3" in said and "LoRA, QLoRA" in said and "Nemo" not in said
+
+
 def test_show(demo, here):
     "Tokens and mask of a line; every format of the demo can be shown"
     train = str(demo / "data/train.jsonl")
@@ -101,6 +117,11 @@ def test_mistakes_are_explained(demo, shell_env, here, write_config):
     for argv, said in [
         (("generate", str(demo / "data"), "Hi"), "has no params.json"),
         (("generate", str(demo / "model"), "Hi", "--adapter", "nowhere"), "there is no adapter at nowhere"),
+        (("complete", str(demo / "model"), "Hi", "--suffix", "x", "--system", "y"), "--system"),
+        (("complete", str(demo / "model"), "a", "b", "--suffix", "x"), "--suffix: give one text"),
+        (("extend-vocab", str(demo / "model"), "out"), "only a model with 32,000 is extended"),
+        (("download", "ministral"), "near names are Ministral"),
+        (("models", "--gpu", "H10"), "there is no GPU 'H10' here"),
         (("show", "no.jsonl"), "No such file"),
         (("show", str(demo / "data/train.jsonl"), "--tokenizer", "v4"), "there is no tokenizer 'v4'"),
         (("train", "no.yaml"), "no.yaml: cannot be read"),
