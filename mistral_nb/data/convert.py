@@ -281,7 +281,8 @@ def check_target(source: Any, to: Path, overwrite: bool) -> None:
 
 # %% ../../nbs/data/28_convert.ipynb #kept-rows
 def kept_rows(
-    stream: Iterable, out: Conversion, notes: Counter, seed: int, version: int | None, form: Format | None = None
+    stream: Iterable, out: Conversion, notes: Counter, seed: int, version: int | None,
+    form: Format | None = None,  # that of `out` by default
 ) -> Iterator[dict]:
     "The converted rows of a stream; `out` and `notes` count on the way."
     form = form or FORMATS[out.format]
@@ -306,7 +307,7 @@ def kept_rows(
 
 # %% ../../nbs/data/28_convert.ipynb #join
 def join_batches(stream: Rows, notes: Counter) -> Iterator[tuple[Any, Any]]:
-    "The rows of a batch, requests joined with their responses by `custom_id`; what has no partner at the end."
+    "The rows of a batch, requests joined with responses by `custom_id`; what has no partner at the end."
     waiting: dict[Any, tuple[Any, dict]] = {}
     for where, row in stream:
         name = row.get("custom_id") if isinstance(row, dict) else None

@@ -490,6 +490,16 @@ class FormatGuess:
 class UnknownFormatError(ValueError):
     "Rows of no format that is known; shows them, and the nearest formats."
 
+# %% ../../nbs/data/19_formats.ipynb #text-columns
+def text_columns(rows: list[dict]) -> list[str]:
+    "The columns with texts, those within an object by its column, a dot and their key."
+    found: dict[str, None] = {}
+    for row in rows:
+        for key, value in row.items():
+            inner = {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+            found |= {str(k): None for k, v in inner.items() if isinstance(v, str | int | float)}
+    return list(found)
+
 # %% ../../nbs/data/19_formats.ipynb #nearest
 def _nearest(columns: list[str]) -> list[str]:
     "Up to three formats whose columns have similar names"
@@ -522,16 +532,6 @@ def _advice(rows: list[dict], columns: list[str]) -> str:
     if texts[0] not in columns: return f"name the two that are meant, question= and answer= {names}"
     named = "or name them: question=, answer="
     return f"rename two columns to question and answer {names}, {named}; or give format="
-
-
-def text_columns(rows: list[dict]) -> list[str]:
-    "The columns with texts, those within an object by its column, a dot and their key."
-    found: dict[str, None] = {}
-    for row in rows:
-        for key, value in row.items():
-            inner = {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
-            found |= {str(k): None for k, v in inner.items() if isinstance(v, str | int | float)}
-    return list(found)
 
 # %% ../../nbs/data/19_formats.ipynb #unknown
 USUAL_FORMATS = ("openai", "sharegpt", "alpaca", "pairs", "text")
