@@ -152,16 +152,17 @@ def draft_chat(said: list, row: UsedKeys, how: MessageReader) -> DraftChat:
     said = [part for m in said for part in split_blocks(m)]
     listed = row.first(*TOOL_KEYS)
     tools = normalize_tools(listed, notes)
-    for m in said:
-        if role_of(m) == "system": tools += normalize_tools(m.get("tools") or m.get("functions"), notes)
+    roles = [role_of(m) for m in said]
+    for m, role in zip(said, roles):
+        if role == "system": tools += normalize_tools(m.get("tools") or m.get("functions"), notes)
     draft, open_calls = DraftChat(system_text(row, notes), tools, notes), None
-    for m in said:
+    for m, role in zip(said, roles):
         try: found = normalize_message(m, how, tools, notes)
         except RefusedRowError as e:
             if "call" in e.what and draft.messages: raise UnreadableCallError(draft, e) from None
             raise
         if found is None: continue
-        is_call = role_of(m) == "call"
+        is_call = role == "call"
         if is_call and open_calls: open_calls["tool_calls"] += found["tool_calls"]  # made at once
         else: draft.messages.append(found)
         open_calls = (open_calls or found) if is_call else None

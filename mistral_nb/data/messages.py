@@ -54,8 +54,7 @@ def messages_of_item(item: Any) -> list:
     if isinstance(item, str) and item.lstrip()[:1] == "{": item = parse_json_text(item, "a message")
     if isinstance(item, list) and len(item) == 2: return [_said("user", item[0]), _said("assistant", item[1])]
     if not isinstance(item, dict): return [item]
-    for item in (item, small_keys(item)):
-        if any(item.get(key) is not None for key in SPEAKER_NAMES): return [item]
+    if _has_speaker(item) or _has_speaker(item := small_keys(item)): return [item]
     said = {key: value for key, value in item.items() if value is not None}
     kind = said.get("type")
     if isinstance(kind, str) and kind.lower() in ROLE_NAMES and "role" not in item:  # as LangChain writes it
@@ -69,6 +68,9 @@ def messages_of_item(item: Any) -> list:
     others = {k: v for k, v in said.items() if k not in ("system", *asked, *answered)}
     turn = [_said("user", said[asked[0]]), {**_said("assistant", said[answered[0]]), **others}]
     return ([_said("system", said["system"])] if said.get("system") else []) + turn
+
+
+def _has_speaker(item: dict) -> bool: return any(item.get(key) is not None for key in SPEAKER_NAMES)
 
 
 def _said(role: str, content: Any) -> dict: return {"role": role, "content": content}
