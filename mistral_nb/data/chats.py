@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['QUESTION_KEYS', 'ANSWER_KEYS', 'CONTEXT_KEYS', 'TEXT_KEYS', 'ASKED_KEYS', 'CHAT_KEYS', 'TURN_COLUMNS', 'NOT_CHATS',
-           'TOOL_KEYS', 'PROMPT_COLUMNS', 'TEXT_NAMES', 'is_text_cell', 'has_pair', 'opened', 'is_chat', 'chat_column',
-           'other_chats', 'first_message', 'system_text', 'take_listed_tools', 'role_of', 'from_chat', 'draft_chat',
-           'from_glaive', 'is_glaive_text', 'from_glaive_text', 'answers_of', 'request_of', 'is_batch', 'from_batch',
-           'is_gemini', 'from_gemini', 'continued_columns', 'from_continued', 'has_lists', 'from_lists']
+           'TOOL_KEYS', 'PROMPT_COLUMNS', 'TEXT_NAMES', 'ASKERS', 'REPLIERS', 'TWO_COLUMNS', 'is_text_cell', 'has_pair',
+           'opened', 'is_chat', 'chat_column', 'other_chats', 'first_message', 'system_text', 'take_listed_tools',
+           'role_of', 'from_chat', 'draft_chat', 'from_glaive', 'is_glaive_text', 'from_glaive_text', 'answers_of',
+           'request_of', 'is_batch', 'from_batch', 'is_gemini', 'from_gemini', 'continued_columns', 'from_continued',
+           'has_lists', 'from_lists', 'speaker_columns', 'from_speakers']
 
 # %% ../../nbs/data/18_chats.ipynb #imports
 import re
 from typing import Any
 
-from .content import UsedKeys, split_blocks, split_parts
+from .content import UsedKeys, message_text, split_blocks, split_parts
 from .markup import strip_markup
 from .messages import ROLE_NAMES, SPEAKER_NAMES, DraftChat, MessageReader, UnreadableCallError
 from .messages import find_messages, normalize_message, read_text_calls, small_keys
@@ -379,3 +380,46 @@ def from_lists(row: UsedKeys, how: MessageReader) -> DraftChat:
     "A conversation whose messages stand in lists, a column for each key."
     lists = {k: opened(row.get(k)) for k in (*SPEAKER_NAMES, *TEXT_NAMES) if k in row.thing}
     return draft_chat(find_messages({k: v for k, v in lists.items() if isinstance(v, list)}), row, how)
+
+# %% ../../nbs/data/18_chats.ipynb #speakers
+ASKERS = set("patient customer client student human user caller visitor".split())
+REPLIERS = set(
+    "doctor physician nurse agent therapist counselor counsellor psychologist teacher tutor assistant bot "
+    "chatbot ai gpt".split()
+)
+TWO_COLUMNS = (("q", "a"), ("inputs", "targets"), ("input_text", "output_text"), ("text_input", "output"))
+
+
+def speaker_columns(row: dict) -> tuple[str, str] | None:
+    "Two columns, of who asks and who answers, if there is one of each; with texts, or lists of as many."
+    for q, a in TWO_COLUMNS:
+        if q in row and a in row: return (q, a) if is_text_cell(row[q]) and is_text_cell(row[a]) else None
+    if any(isinstance(row.get(k), str) for k in TEXT_KEYS): return None  # words about a text
+    said = [k for k in row if isinstance(opened(row[k]), str | list)]
+    asked, replied = ([k for k in said if k in names] for names in (ASKERS, REPLIERS))
+    if len(asked) != 1 or len(replied) != 1: return None
+    q, a = opened(row[asked[0]]), opened(row[replied[0]])
+    same = type(q) is type(a) and (
+        isinstance(q, str) or q and len(q) == len(a) and all(map(is_text_cell, q + a))
+    )
+    return (asked[0], replied[0]) if same else None
+
+# %% ../../nbs/data/18_chats.ipynb #from-speakers
+def from_speakers(row: UsedKeys, how: MessageReader) -> DraftChat:
+    "Two columns named after their speakers: a text each, or a list of the turns of each."
+    return _from_two(row, how, *speaker_columns(row.thing))
+
+
+def _from_two(row: UsedKeys, how: MessageReader, question: str, answer: str) -> DraftChat:
+    "The turns in two columns"
+    asked, said = opened(row.get(question)), opened(row.get(answer))
+    turns = zip(asked, said) if isinstance(asked, list) and isinstance(said, list) else [
+        (row.get(question), row.get(answer))
+    ]
+    chat = [
+        m for q, a in turns for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})
+    ]
+    for m, what in zip(chat, ("question", "answer")):
+        if not message_text(m["content"], f"the {what}").strip():
+            raise RefusedRowError(f"the {what} is empty")
+    return draft_chat(chat, row, how)
