@@ -202,7 +202,7 @@ def _is_empty_system(m: Any) -> bool:
     return isinstance(m, dict) and m.get("from") == "system" and m.get("value") == ""
 
 # %% ../../nbs/data/18_chats.ipynb #glaive-text
-_SPEAKER = re.compile(r"(?:^|\n)\s*(SYSTEM|USER|HUMAN|A|ASSISTANT|FUNCTION RESPONSE):", re.M)
+_SPEAKER = re.compile(r"(?:^|\n)\s*(SYSTEM|USER|HUMAN|ASSISTANT|FUNCTION RESPONSE):", re.M)
 _SPEAKERS = {"SYSTEM": "system", "USER": "user", "HUMAN": "user", "FUNCTION RESPONSE": "tool"}
 
 

@@ -363,11 +363,11 @@ _WRAPPED: tuple[_Entry, ...] = (
         article_rows, "answers",
     ),
     (
-        "continued", "a conversation up to a question (prompt, input, messages), and its answer",
+        "prompt-completion", "a conversation up to a question (prompt, input, messages), and its answer",
         lambda row: continued_columns(row) is not None, from_continued, "prompt completion",
     ),
     (
-        "glaive-text", "chat, a text with USER: and ASSISTANT:", is_glaive_text, from_glaive_text,
+        "glaive-v2", "chat, a text with USER: and ASSISTANT:", is_glaive_text, from_glaive_text,
         "system chat",
     ),
     (
