@@ -138,7 +138,11 @@ LAYOUTS = {  # a row, its format, its messages
     ),
     "columns of lists": ({"role": ["user", "assistant"], "content": [ASKED, SAID]}, "lists", ONE),
     "input list and output": ({"input": [user(ASKED)], "output": SAID}, "prompt-completion", ONE),
-    "input and output lists": ({"input": chat(*TEXTS[:3]), "output": [answer(TEXTS[3])]}, "prompt-completion", TWO),
+    "input and output lists": (
+        {"input": chat(*TEXTS[:3]), "output": [answer(TEXTS[3])]},
+        "prompt-completion",
+        TWO,
+    ),
     "prompt and completion lists": (
         {"prompt": [user(ASKED)], "completion": [answer(SAID)]},
         "prompt-completion",

@@ -21,7 +21,7 @@ from .chats import ANSWER_KEYS, ASKED_KEYS, CHAT_KEYS, QUESTION_KEYS, TEXT_KEYS,
 from .chats import chat_column, continued_columns, first_message, from_batch, from_chat
 from .chats import from_continued, from_gemini, from_glaive, from_glaive_text, from_lists
 from .chats import from_speakers, has_lists, has_pair, is_batch, is_chat, is_gemini
-from .chats import is_glaive_text, is_text_cell, opened, other_chats, role_of
+from .chats import is_glaive_text, is_text_cell, open_cell, other_chats, role_of
 from .chats import speaker_columns, system_text
 from .content import UsedKeys, message_text
 from .markup import chat_markup, read_chat, strip_markup
@@ -106,7 +106,7 @@ def calls_column(row: dict) -> str | None:
     "The column whose calls are the answer to a question."
     asked = any(isinstance(row.get(k), str) for k in (*ASKED_KEYS, "instruction", "input"))
     for key in CALL_COLUMNS if asked else ():
-        found = opened(row.get(key))
+        found = open_cell(row.get(key))
         if isinstance(found, list) and all(
             isinstance(c, dict) and ("name" in c or "function" in c) for c in found
         ):
@@ -129,14 +129,14 @@ def from_calls(row: UsedKeys, how: MessageReader) -> DraftChat:
 def has_answers(row: dict) -> bool:
     "Whether a row has a question, and a list of answers to it."
     asked = any(isinstance(row.get(k), str) for k in ASKED_KEYS)
-    found = opened(row.get("answers"))
+    found = open_cell(row.get("answers"))
     if not asked or any(row.get(k) is not None for k in ANSWER_KEYS): return False
     return isinstance(found, list) or isinstance(found, dict) and isinstance(found.get("text"), list | str)
 
 
 def from_answers(row: UsedKeys, how: MessageReader) -> DraftChat:
     "A question with its answers, as in SQuAD: spans of a passage, of which the first is taken."
-    found = opened(row.get("answers"))
+    found = open_cell(row.get("answers"))
     is_span = isinstance(found, dict) or any(isinstance(a, dict) for a in found)
     every = found["text"] if isinstance(found, dict) else found
     every = [every] if isinstance(every, str) else every
@@ -320,7 +320,7 @@ def _has_gap(row: dict) -> bool:
 def _is_turns(row: dict) -> bool:
     "Whether a conversation is texts, pairs, or objects with a question and an answer"
     key = chat_column(row)
-    value = opened(row[key]) if key else None
+    value = open_cell(row[key]) if key else None
     if not isinstance(value, list) or not value: return False
     return all(isinstance(m, list | str) or isinstance(m, dict) and _is_turn(m) for m in value)
 
