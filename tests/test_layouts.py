@@ -137,25 +137,29 @@ LAYOUTS = {  # a row, its format, its messages
         ONE,
     ),
     "columns of lists": ({"role": ["user", "assistant"], "content": [ASKED, SAID]}, "lists", ONE),
-    "input list and output": ({"input": [user(ASKED)], "output": SAID}, "continued", ONE),
-    "input and output lists": ({"input": chat(*TEXTS[:3]), "output": [answer(TEXTS[3])]}, "continued", TWO),
+    "input list and output": ({"input": [user(ASKED)], "output": SAID}, "prompt-completion", ONE),
+    "input and output lists": (
+        {"input": chat(*TEXTS[:3]), "output": [answer(TEXTS[3])]},
+        "prompt-completion",
+        TWO,
+    ),
     "prompt and completion lists": (
         {"prompt": [user(ASKED)], "completion": [answer(SAID)]},
-        "continued",
+        "prompt-completion",
         ONE,
     ),
     "a prompt list with a system prompt": (
         {"prompt": [{"role": "system", "content": BRIEF[1]}, user(ASKED)], "completion": SAID},
-        "continued",
+        "prompt-completion",
         [BRIEF, *ONE],
     ),
     "prompt and completion texts": ({"prompt": ASKED, "completion": SAID}, "pairs", ONE),
     "a prompt text and a completion list": (
         {"prompt": ASKED, "completion": [answer(SAID)]},
-        "continued",
+        "prompt-completion",
         ONE,
     ),
-    "messages and a response": ({"messages": [user(ASKED)], "response": SAID}, "continued", ONE),
+    "messages and a response": ({"messages": [user(ASKED)], "response": SAID}, "prompt-completion", ONE),
     "history of pairs": ({"query": TEXTS[2], "response": TEXTS[3], "history": [TEXTS[:2]]}, "pairs", TWO),
     "history of messages": (
         {"instruction": TEXTS[2], "output": TEXTS[3], "history": chat(*TEXTS[:2])},
@@ -264,12 +268,12 @@ LAYOUTS = {  # a row, its format, its messages
             """{"name": "get_wind", "arguments": '{"port": "Vannes"}'} <|endoftext|>\n\n\n"""
             """FUNCTION RESPONSE: {"knots": 9}\n\n\nASSISTANT: Nine knots. <|endoftext|>\n""",
         },
-        "glaive-text",
+        "glaive-v2",
         [BRIEF, *CALLED],
     ),
     "Glaive's second edition without functions": (
         {"system": f"SYSTEM: {BRIEF[1]}", "chat": f"USER: {ASKED}\n\n\nASSISTANT: {SAID} <|endoftext|>"},
-        "glaive-text",
+        "glaive-v2",
         [BRIEF, *ONE],
     ),
     "xLAM": (

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['QUESTION_KEYS', 'ANSWER_KEYS', 'CONTEXT_KEYS', 'TEXT_KEYS', 'ASKED_KEYS', 'CHAT_KEYS', 'TURN_COLUMNS', 'NOT_CHATS',
-           'TOOL_KEYS', 'PROMPT_COLUMNS', 'TEXT_NAMES', 'is_text_cell', 'has_pair', 'opened', 'is_chat', 'chat_column',
-           'other_chats', 'first_message', 'system_text', 'take_listed_tools', 'role_of', 'from_chat', 'draft_chat',
-           'from_glaive', 'is_glaive_text', 'from_glaive_text', 'answers_of', 'request_of', 'is_batch', 'from_batch',
-           'is_gemini', 'from_gemini', 'continued_columns', 'from_continued', 'has_lists', 'from_lists']
+           'TOOL_KEYS', 'PROMPT_COLUMNS', 'TEXT_NAMES', 'ASKERS', 'REPLIERS', 'TWO_COLUMNS', 'is_text_cell', 'has_pair',
+           'open_cell', 'is_chat', 'chat_column', 'other_chats', 'first_message', 'system_text', 'take_listed_tools',
+           'role_of', 'from_chat', 'draft_chat', 'from_glaive', 'is_glaive_text', 'from_glaive_text', 'answers_of',
+           'request_of', 'is_batch', 'from_batch', 'is_gemini', 'from_gemini', 'continued_columns', 'from_continued',
+           'has_lists', 'from_lists', 'speaker_columns', 'from_speakers']
 
 # %% ../../nbs/data/18_chats.ipynb #imports
 import re
 from typing import Any
 
-from .content import UsedKeys, split_blocks, split_parts
+from .content import UsedKeys, message_text, split_blocks, split_parts
 from .markup import strip_markup
 from .messages import ROLE_NAMES, SPEAKER_NAMES, DraftChat, MessageReader, UnreadableCallError
 from .messages import find_messages, normalize_message, read_text_calls, small_keys
@@ -53,7 +54,7 @@ TOOL_KEYS = ("tools", "available_tools", "functions")
 _JSON_TEXT = re.compile(r"\s*(?:\[\s*[\[{\"'\]]|\{\s*[\"'}])")
 
 
-def opened(value: Any) -> Any:
+def open_cell(value: Any) -> Any:
     "A cell, or what it says if it is the JSON text of a list or an object."
     if not isinstance(value, str) or not _JSON_TEXT.match(value): return value
     try: return parse_json_text(value, "a cell")
@@ -62,7 +63,7 @@ def opened(value: Any) -> Any:
 
 def is_chat(value: Any) -> bool:
     "Whether a cell is a list of messages, each with a speaker that is known."
-    value = opened(value)
+    value = open_cell(value)
     if not isinstance(value, list | dict) or any(isinstance(m, list) for m in value): return False
     if isinstance(value, list) and any(isinstance(m, str) and not _JSON_TEXT.match(m) for m in value):
         return False  # a list of texts is a conversation only under a name that says so
@@ -86,7 +87,7 @@ def chat_column(row: dict) -> str | None:
     known = next((key for key in CHAT_KEYS if _messages_in(row.get(key)) is not None), None)
     if known is not None: return known
     for key in TURN_COLUMNS:
-        said = _messages_in(opened(row.get(key)))
+        said = _messages_in(open_cell(row.get(key)))
         if said and len(said) > 1 and all(isinstance(m, dict) and "role" in m for m in said): return key
     others = other_chats(row)
     return others[0] if len(others) == 1 and not has_pair(row) else None
@@ -100,7 +101,7 @@ def other_chats(row: dict) -> list[str]:
 def first_message(row: dict) -> dict | None:
     "The first message of a row that has a conversation in one of its layouts; {} for an empty one."
     key = chat_column(row)
-    return None if key is None else next(iter(_messages_in(opened(row[key])) or []), {})
+    return None if key is None else next(iter(_messages_in(open_cell(row[key])) or []), {})
 
 # %% ../../nbs/data/18_chats.ipynb #system-text
 def system_text(row: UsedKeys, notes: list[str]) -> list[dict]:
@@ -136,7 +137,7 @@ def role_of(message: Any) -> str | None:
 def from_chat(row: UsedKeys, how: MessageReader) -> DraftChat:
     "A conversation with its tools; `UnreadableCallError` with what stands before a call that cannot be read."
     key = chat_column(row.thing)
-    value = opened(
+    value = open_cell(
         row.get(key) if key else row.first(*(k for k in CHAT_KEYS if row.thing.get(k) is not None))
     )
     said = find_messages(value)
@@ -152,16 +153,17 @@ def draft_chat(said: list, row: UsedKeys, how: MessageReader) -> DraftChat:
     said = [part for m in said for part in split_blocks(m)]
     listed = row.first(*TOOL_KEYS)
     tools = normalize_tools(listed, notes)
-    for m in said:
-        if role_of(m) == "system": tools += normalize_tools(m.get("tools") or m.get("functions"), notes)
+    roles = [role_of(m) for m in said]
+    for m, role in zip(said, roles):
+        if role == "system": tools += normalize_tools(m.get("tools") or m.get("functions"), notes)
     draft, open_calls = DraftChat(system_text(row, notes), tools, notes), None
-    for m in said:
+    for m, role in zip(said, roles):
         try: found = normalize_message(m, how, tools, notes)
         except RefusedRowError as e:
             if "call" in e.what and draft.messages: raise UnreadableCallError(draft, e) from None
             raise
         if found is None: continue
-        is_call = role_of(m) == "call"
+        is_call = role == "call"
         if is_call and open_calls: open_calls["tool_calls"] += found["tool_calls"]  # made at once
         else: draft.messages.append(found)
         open_calls = (open_calls or found) if is_call else None
@@ -200,7 +202,7 @@ def _is_empty_system(m: Any) -> bool:
     return isinstance(m, dict) and m.get("from") == "system" and m.get("value") == ""
 
 # %% ../../nbs/data/18_chats.ipynb #glaive-text
-_SPEAKER = re.compile(r"(?:^|\n)\s*(SYSTEM|USER|HUMAN|A|ASSISTANT|FUNCTION RESPONSE):", re.M)
+_SPEAKER = re.compile(r"(?:^|\n)\s*(SYSTEM|USER|HUMAN|ASSISTANT|FUNCTION RESPONSE):", re.M)
 _SPEAKERS = {"SYSTEM": "system", "USER": "user", "HUMAN": "user", "FUNCTION RESPONSE": "tool"}
 
 
@@ -240,7 +242,7 @@ def from_glaive_text(row: UsedKeys, how: MessageReader) -> DraftChat:
 # %% ../../nbs/data/18_chats.ipynb #responses
 def answers_of(value: Any) -> list[dict]:
     "The messages that a service's response offers as answers; none if it is no response."
-    value = opened(value)
+    value = open_cell(value)
     if not isinstance(value, dict): return []
     if isinstance(value.get("choices"), list):
         found = [c for c in value["choices"] if isinstance(c, dict)]
@@ -258,7 +260,7 @@ def answers_of(value: Any) -> list[dict]:
 def request_of(row: dict) -> tuple[str, dict] | None:
     "The column with a request that has messages, and the request."
     for key in ("body", "request", "params", "input"):
-        value = opened(row.get(key))
+        value = open_cell(row.get(key))
         value = value.get("body", value) if isinstance(value, dict) else None
         if not isinstance(value, dict): continue
         if any(isinstance(value.get(k), list) for k in ("messages", "contents", "input")): return key, value
@@ -283,7 +285,7 @@ def from_batch(row: UsedKeys, how: MessageReader) -> DraftChat:
         raise RefusedRowError(
             "a response without its request: join both by custom_id, into body and response"
         )
-    else: found = key, {"messages": opened(row.get(key)), "tools": row.first(*TOOL_KEYS)}
+    else: found = key, {"messages": open_cell(row.get(key)), "tools": row.first(*TOOL_KEYS)}
     request = UsedKeys(small_keys(found[1]), "request")
     notes = [f"the first of {len(answers)} answers taken"] if len(answers) > 1 else []
     if "contents" in request.thing:
@@ -305,7 +307,7 @@ def from_batch(row: UsedKeys, how: MessageReader) -> DraftChat:
 # %% ../../nbs/data/18_chats.ipynb #gemini
 def is_gemini(row: dict) -> bool:
     "Whether a row has Gemini's contents, whose items have parts."
-    found = opened(row.get("contents"))
+    found = open_cell(row.get("contents"))
     return isinstance(found, list) and bool(found) and all(
         isinstance(m, dict) and "parts" in m for m in found
     )
@@ -313,12 +315,12 @@ def is_gemini(row: dict) -> bool:
 
 def from_gemini(row: UsedKeys, how: MessageReader) -> DraftChat:
     "Gemini's contents, with its system instruction and its tools."
-    prompt = opened(row.first("systeminstruction", "system_instruction"))
-    said = [m for content in opened(row.get("contents")) for m in split_parts(small_keys(content))]
+    prompt = open_cell(row.first("systeminstruction", "system_instruction"))
+    said = [m for content in open_cell(row.get("contents")) for m in split_parts(small_keys(content))]
     if prompt:
         parts = prompt if isinstance(prompt, dict) else {"parts": prompt}
         said = [{**m, "role": "system"} for m in split_parts({**parts, "role": "system"})] + said
-    listed = opened(row.first("tools")) or []
+    listed = open_cell(row.first("tools")) or []
     functions = []
     for tool in listed if isinstance(listed, list) else [listed]:
         inner = small_keys(tool) if isinstance(tool, dict) else {}
@@ -336,7 +338,7 @@ PROMPT_COLUMNS = (
 def continued_columns(row: dict) -> tuple[str, str] | None:
     "The columns of a conversation up to a question, and of the answer to it, where one of them has messages."
     def is_answer(value: Any) -> bool:
-        value = opened(value)
+        value = open_cell(value)
         if isinstance(value, list) and len(value) == 1: value = value[0]
         return isinstance(value, str) and bool(value.strip()) or isinstance(value, dict) and "role" in value
 
@@ -344,7 +346,7 @@ def continued_columns(row: dict) -> tuple[str, str] | None:
     chats = [k for k in PROMPT_COLUMNS if is_chat(row.get(k))]
     if len(answers) != 1 or len(chats) > 1: return None
     if chats:
-        last = role_of(find_messages(opened(row[chats[0]]))[-1])
+        last = role_of(find_messages(open_cell(row[chats[0]]))[-1])
         return (chats[0], answers[0]) if last in ("user", "tool") else None
     asked = [k for k in PROMPT_COLUMNS if isinstance(row.get(k), str) and k not in CONTEXT_KEYS]
     said = row[answers[0]]
@@ -357,7 +359,7 @@ def from_continued(row: UsedKeys, how: MessageReader) -> DraftChat:
     said = []
     for column, role in zip(continued_columns(row.thing), ("user", "assistant")):
         value = row.get(column)
-        if is_chat(value): said += find_messages(opened(value))
+        if is_chat(value): said += find_messages(open_cell(value))
         elif isinstance(value, dict): said.append(value)
         else: said.append({"role": role, "content": value[0] if isinstance(value, list) else value})
     return draft_chat(said, row, how)
@@ -368,7 +370,7 @@ TEXT_NAMES = ("content", "value", "text", "message", "utterance")
 
 def has_lists(row: dict) -> bool:
     "Whether a row is a conversation by columns: a list of speakers, and one of as many texts."
-    lists = {k: opened(row[k]) for k in (*SPEAKER_NAMES, *TEXT_NAMES) if k in row}
+    lists = {k: open_cell(row[k]) for k in (*SPEAKER_NAMES, *TEXT_NAMES) if k in row}
     lists = {k: v for k, v in lists.items() if isinstance(v, list) and v}
     speakers, texts = [k for k in lists if k in SPEAKER_NAMES], [k for k in lists if k in TEXT_NAMES]
     return len(speakers) == len(texts) == 1 and len(lists[speakers[0]]) == len(lists[texts[0]])
@@ -376,5 +378,48 @@ def has_lists(row: dict) -> bool:
 
 def from_lists(row: UsedKeys, how: MessageReader) -> DraftChat:
     "A conversation whose messages stand in lists, a column for each key."
-    lists = {k: opened(row.get(k)) for k in (*SPEAKER_NAMES, *TEXT_NAMES) if k in row.thing}
+    lists = {k: open_cell(row.get(k)) for k in (*SPEAKER_NAMES, *TEXT_NAMES) if k in row.thing}
     return draft_chat(find_messages({k: v for k, v in lists.items() if isinstance(v, list)}), row, how)
+
+# %% ../../nbs/data/18_chats.ipynb #speakers
+ASKERS = set("patient customer client student human user caller visitor".split())
+REPLIERS = set(
+    "doctor physician nurse agent therapist counselor counsellor psychologist teacher tutor assistant bot "
+    "chatbot ai gpt".split()
+)
+TWO_COLUMNS = (("q", "a"), ("inputs", "targets"), ("input_text", "output_text"), ("text_input", "output"))
+
+
+def speaker_columns(row: dict) -> tuple[str, str] | None:
+    "Two columns, of who asks and who answers, if there is one of each; with texts, or lists of as many."
+    for q, a in TWO_COLUMNS:
+        if q in row and a in row: return (q, a) if is_text_cell(row[q]) and is_text_cell(row[a]) else None
+    if any(isinstance(row.get(k), str) for k in TEXT_KEYS): return None  # words about a text
+    said = [k for k in row if isinstance(open_cell(row[k]), str | list)]
+    asked, replied = ([k for k in said if k in names] for names in (ASKERS, REPLIERS))
+    if len(asked) != 1 or len(replied) != 1: return None
+    q, a = open_cell(row[asked[0]]), open_cell(row[replied[0]])
+    same = type(q) is type(a) and (
+        isinstance(q, str) or q and len(q) == len(a) and all(map(is_text_cell, q + a))
+    )
+    return (asked[0], replied[0]) if same else None
+
+# %% ../../nbs/data/18_chats.ipynb #from-speakers
+def from_speakers(row: UsedKeys, how: MessageReader) -> DraftChat:
+    "Two columns named after their speakers: a text each, or a list of the turns of each."
+    return _from_two(row, how, *speaker_columns(row.thing))
+
+
+def _from_two(row: UsedKeys, how: MessageReader, question: str, answer: str) -> DraftChat:
+    "The turns in two columns"
+    asked, said = open_cell(row.get(question)), open_cell(row.get(answer))
+    turns = zip(asked, said) if isinstance(asked, list) and isinstance(said, list) else [
+        (row.get(question), row.get(answer))
+    ]
+    chat = [
+        m for q, a in turns for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})
+    ]
+    for m, what in zip(chat, ("question", "answer")):
+        if not message_text(m["content"], f"the {what}").strip():
+            raise RefusedRowError(f"the {what} is empty")
+    return draft_chat(chat, row, how)

@@ -20,7 +20,7 @@ from typing import Any, Callable, Iterable, Iterator
 
 from ..core.display import Table, one_line
 from .content import CallIds, UsedKeys, answer_weight, message_text, parse_flag
-from .chats import draft_chat, is_chat, opened, request_of
+from .chats import draft_chat, is_chat, open_cell, request_of
 from .formats import FORMATS, READ_FORMATS, Format, guess_format, named_columns, text_columns
 from .formats import UnknownFormatError  # noqa: F401
 from .lenient import ReadRow
@@ -229,7 +229,7 @@ def cell_at(row: dict, name: str) -> tuple[str, Any] | None:
         if key in row: return key, row[key]
     head, _, tail = name.partition(".")
     inner = cell_at(row, head) if tail else None
-    found = cell_at(opened(inner[1]), tail) if inner and isinstance(opened(inner[1]), dict) else None
+    found = cell_at(open_cell(inner[1]), tail) if inner and isinstance(open_cell(inner[1]), dict) else None
     return (inner[0], found[1]) if found else None
 
 
@@ -250,7 +250,7 @@ def named_format(question: str, answer: str) -> Format:
             key, value = cell_at(row.thing, name)
             row.get(key)
             notes += _left_beside(row.thing[key], key, (question, answer))
-            if is_chat(value): said += find_messages(opened(value))
+            if is_chat(value): said += find_messages(open_cell(value))
             elif message_text(value, name).strip():
                 said.append({"role": role, "content": message_text(value)})
             else: raise RefusedRowError(f"the {what} is empty")
@@ -267,7 +267,7 @@ def _left_beside(cell: Any, column: str, names: tuple[str, str]) -> list[str]:
     "A note for each key of an object that is not named"
     if not any(name.lower().startswith(f"{column.lower()}.") for name in names): return []
     used = {name.lower().partition(".")[2].partition(".")[0] for name in names}
-    return [f"{k} of column {column} left out" for k in opened(cell) if str(k).lower() not in used]
+    return [f"{k} of column {column} left out" for k in open_cell(cell) if str(k).lower() not in used]
 
 # %% ../../nbs/data/28_convert.ipynb #check-target
 def check_target(source: Any, to: Path, overwrite: bool) -> None:
@@ -281,7 +281,8 @@ def check_target(source: Any, to: Path, overwrite: bool) -> None:
 
 # %% ../../nbs/data/28_convert.ipynb #kept-rows
 def kept_rows(
-    stream: Iterable, out: Conversion, notes: Counter, seed: int, version: int | None, form: Format | None = None
+    stream: Iterable, out: Conversion, notes: Counter, seed: int, version: int | None,
+    form: Format | None = None,  # that of `out` by default
 ) -> Iterator[dict]:
     "The converted rows of a stream; `out` and `notes` count on the way."
     form = form or FORMATS[out.format]
@@ -306,7 +307,7 @@ def kept_rows(
 
 # %% ../../nbs/data/28_convert.ipynb #join
 def join_batches(stream: Rows, notes: Counter) -> Iterator[tuple[Any, Any]]:
-    "The rows of a batch, requests joined with their responses by `custom_id`; what has no partner at the end."
+    "The rows of a batch, requests joined with responses by `custom_id`; what has no partner at the end."
     waiting: dict[Any, tuple[Any, dict]] = {}
     for where, row in stream:
         name = row.get("custom_id") if isinstance(row, dict) else None

@@ -54,8 +54,7 @@ def messages_of_item(item: Any) -> list:
     if isinstance(item, str) and item.lstrip()[:1] == "{": item = parse_json_text(item, "a message")
     if isinstance(item, list) and len(item) == 2: return [_said("user", item[0]), _said("assistant", item[1])]
     if not isinstance(item, dict): return [item]
-    for item in (item, small_keys(item)):
-        if any(item.get(key) is not None for key in SPEAKER_NAMES): return [item]
+    if _has_speaker(item) or _has_speaker(item := small_keys(item)): return [item]
     said = {key: value for key, value in item.items() if value is not None}
     kind = said.get("type")
     if isinstance(kind, str) and kind.lower() in ROLE_NAMES and "role" not in item:  # as LangChain writes it
@@ -69,6 +68,9 @@ def messages_of_item(item: Any) -> list:
     others = {k: v for k, v in said.items() if k not in ("system", *asked, *answered)}
     turn = [_said("user", said[asked[0]]), {**_said("assistant", said[answered[0]]), **others}]
     return ([_said("system", said["system"])] if said.get("system") else []) + turn
+
+
+def _has_speaker(item: dict) -> bool: return any(item.get(key) is not None for key in SPEAKER_NAMES)
 
 
 def _said(role: str, content: Any) -> dict: return {"role": role, "content": content}
@@ -182,14 +184,22 @@ def read_text_calls(draft: DraftChat, how: MessageReader) -> None:
     names, out = {tool["function"]["name"] for tool in draft.tools}, []
     todo = [r for before, m in zip([{}, *draft.messages], draft.messages) for r in _tagged_results(m, before)]
     for m, behind in zip(todo, [*todo[1:], {"role": "end"}]):
-        text = m["content"] if m["role"] == "assistant" and not m.get("tool_calls") else None
+        is_answer = m["role"] == "assistant" and not m.get("tool_calls")
+        *parts, text = _last_text(m["content"]) if is_answer else [None]
         found = calls_in_text(text) if isinstance(text, str) else None
         if found and (behind["role"] == "tool" or all(_name(c) in names for c in found[1])):
             calls = normalize_calls(found[1], how.ids, draft.tools, draft.notes)
-            m = {**m, "content": found[0], "tool_calls": calls}
+            before = [{"type": "text", "text": found[0]}] * bool(found[0]) if parts else found[0]
+            m = {**m, "content": [*parts, *before] if parts else before, "tool_calls": calls}
             draft.notes.append("calls read from the text of an answer")
         out.append(m)
     draft.messages[:] = out
+
+
+def _last_text(content: str | list[dict]) -> list:
+    "The parts of a content before its last text, and that text"
+    if not isinstance(content, list): return [content]
+    return [*content[:-1], content[-1].get("text")] if content else [None]
 
 
 def _name(call: dict) -> Any: return (call.get("function") or call).get("name")

@@ -252,7 +252,7 @@ def normalize_calls(value: Any, ids: CallIds, tools: list[dict], notes: list[str
 
 def is_null(call: Any) -> bool:
     "Whether nothing in a call has a value, as in a column of a table."
-    return isinstance(call, dict) and all(value is None for value in call.values())
+    return isinstance(call, dict) and all(value is None or value == "" for value in call.values())
 
 # %% ../../nbs/data/16_tools.ipynb #literal
 _JSON_WORDS = {"true": True, "false": False, "null": None}
