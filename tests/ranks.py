@@ -39,7 +39,6 @@ DIVIDED = {  # placement: shard
     "hf": {},
     "new": {},
     "packed8": {},
-    "packed8_nf4": dict(quantize="nf4"),
 }
 COPIED = {"copied": {}, "moe_copied": {}, "full_copied": FULL}
 PIECES = {"pieces": 40, "moe_pieces": 40}  # most tokens at once

@@ -175,6 +175,7 @@ def test_two_nodes(write_config, shell_env, placement):
     assert losses(two) == pytest.approx(losses(one), rel=2e-5) and sum("done: " in s for s in said) == 1
 
 
+@pytest.mark.slow
 def test_restart_on_two_nodes(write_config, shell_env):
     """When a rank dies on one node, those of the other go back to the checkpoint with it, although their
     torchrun counts no restart"""
