@@ -350,5 +350,9 @@ def find_model(name: str | Path, fetch: bool = False) -> Path:
     if model and (models_folder() / model.name).is_dir(): return models_folder() / model.name
     repo = model.repo if model else str(name)
     if repo and (found := cached_repo(repo)): return found
-    if fetch: return download(str(name))
+    if fetch:
+        try: return download(str(name))
+        except HubError as e:
+            if model: raise
+            raise HubError(f"there is no folder {name} here, and {e}") from None
     raise HubError(f"{name} is not on this machine: mistral_nb.download({str(name)!r}) fetches it")
