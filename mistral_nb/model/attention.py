@@ -212,7 +212,10 @@ def mask_to_bias(mask: Tensor | None, like: Tensor) -> Tensor | None:
     return None if mask is None else torch.zeros(mask.shape, dtype=like.dtype).masked_fill_(~mask, -torch.inf)
 
 # %% ../../nbs/model/37_attention.ipynb #cpu-attention
-@torch.library.custom_op("mistral_nb::packed_attention", mutates_args=())
+_OPS = __name__.partition(".")[0].strip("_")  # run as a notebook, it must not replace the package's own
+
+
+@torch.library.custom_op(f"{_OPS}::packed_attention", mutates_args=())
 def cpu_attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, window: int) -> tuple[Tensor, Tensor]:
     "Output (T, heads, D) and logsumexp (heads, T); a `window` of 0 is none."
     heads, scale = q.shape[1], q.shape[-1] ** -0.5
@@ -225,7 +228,7 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, window: int)
     return out, lse
 
 
-@torch.library.custom_op("mistral_nb::packed_attention_backward", mutates_args=())
+@torch.library.custom_op(f"{_OPS}::packed_attention_backward", mutates_args=())
 def cpu_attention_backward(
     up: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, borders: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
