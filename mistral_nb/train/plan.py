@@ -221,7 +221,7 @@ def suggest_changes(job: StepShape, budget: int, longest: int, recompute: int | 
     out = ["checkpoint: auto"] if recompute is not None and fits() else []
     if job.full and fits(rank=16): out.append("lora.enable: true")
     if not job.full:
-        packed = dict(none=("fp8", "nf4"), fp8_weight_only=("nf4",)).get(job.quantize, ())
+        packed = {"none": ("fp8", "nf4"), "nf4": ()}.get(job.quantize, ("nf4",))
         out += [f"quantize: {kind}" for kind in packed if fits(quantize=kind)]
         smaller = [rank for rank in (64, 32, 16, 8) if rank < job.rank and fits(rank=rank)]
         out += [f"lora.rank: {rank}" for rank in smaller[:1]]
