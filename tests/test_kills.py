@@ -52,7 +52,7 @@ def kill_at_random(child: subprocess.Popen, run_dir: Path, rng: random.Random) -
 
 
 @needs_proc
-@pytest.mark.parametrize("ranks", KILLS)
+@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_again_and_again(write_config, shell_env, ranks):
     "Losses and adapter of a run that was killed many times are those of one that was not, to the last bit"
     rng, kills = random.Random(ranks), 0
