@@ -20,6 +20,7 @@ from mistral_nb.model.lora import add_adapters, init_lora, lora_layers, merged_s
 from mistral_nb.model.weights import file_dtype, load_model, save_model, storage_of, weight_files
 from mistral_nb.model.quant import quantize_linear
 from mistral_nb.train.checkpoint import trainable_params
+from mistral_nb.train.optim import adamw
 from mistral_nb.train.step import batch_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -190,6 +191,25 @@ def test_greedy(name, tmp_path):
             seen.append(t)
 
 
+def samples() -> list[TokenSample]:
+    "Three documents of which some tokens are trained"
+    return [
+        TokenSample(np.array(ids(n, n), dtype=np.int32), np.random.RandomState(n).rand(n) < 0.6)
+        for n in (31, 12, 20)
+    ]
+
+
+def their_loss(model, docs: list[TokenSample]) -> torch.Tensor:
+    "The loss of the trained tokens, each document by itself"
+    total = torch.zeros(())
+    for doc in docs:
+        tokens = torch.tensor(doc.tokens, dtype=torch.long)
+        logits = model(input_ids=tokens[None]).logits[0, :-1]
+        each = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
+        total = total + each[torch.tensor(doc.mask[1:])].sum()
+    return total
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_lora_gradients(name, tmp_path):
     "By the chain rule from the gradients of transformers' whole matrices: dA = s B' dW, dB = s dW A'"
@@ -206,19 +226,11 @@ def test_lora_gradients(name, tmp_path):
         if n not in merged or n == "output.weight" and mine.args.tied_embeddings: continue
         w = merged[n]
         p.data = w.view(-1, d // 2, 2, w.shape[1]).transpose(1, 2).reshape(w.shape) if n in turned else w
-    docs = [
-        TokenSample(np.array(ids(n, n), dtype=np.int32), np.random.RandomState(n).rand(n) < 0.6)
-        for n in (31, 12, 20)
-    ]
+    docs = samples()
     batch = pack_samples([docs], 64)
     loss = batch_loss(mine, batch)
     loss.backward()
-    want = 0.0
-    for doc in docs:
-        tokens = torch.tensor(doc.tokens, dtype=torch.long)
-        logits = model(tokens[None]).logits[0, :-1]
-        each = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
-        want = want + each[torch.tensor(doc.mask[1:])].sum()
+    want = their_loss(model, docs)
     want.backward()
     assert off(loss.detach(), want.detach()) < 1e-5
     for at, layer in lora_layers(mine).items():
@@ -226,6 +238,39 @@ def test_lora_gradients(name, tmp_path):
         if f"{at}.weight" in turned: dw = unpermute(dw, d)
         a, b = layer.lora_A.weight, layer.lora_B.weight
         assert off(a.grad, 1.5 * b.detach().T @ dw) < 1e-5 and off(b.grad, 1.5 * dw @ a.detach().T) < 1e-5, at
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_three_steps(name, tmp_path):
+    "The losses of three steps are those of peft on transformers, with the same first adapter and rate"
+    peft = pytest.importorskip("peft")
+    model = their_model(name)
+    model.save_pretrained(tmp_path)
+    mine = add_adapters(load_model(tmp_path), 4, 1.5)
+    init_lora(mine, 0)
+    parts = r"(?!.*(vision|projector)).*\.((q|k|v|o|gate|up|down)_proj)"
+    theirs = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, target_modules=parts))
+    first = {f"{at}.lora_A": layer.lora_A.weight.detach() for at, layer in lora_layers(mine).items()}
+    for n, p in theirs.named_parameters():
+        if not p.requires_grad: continue
+        at = mistral_name(n.removeprefix("base_model.model.").replace(".default.weight", ""))
+        p.data = first[at].clone() if at in first else torch.zeros_like(p)
+    docs = samples()
+    batch = pack_samples([docs], 64)
+    count = sum(int(doc.mask[1:].sum()) for doc in docs)
+    ours = adamw(trainable_params(mine), 1e-2, 0.0)
+    other = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], 1e-2, (0.9, 0.95),
+                              weight_decay=0.0)
+    losses = []
+    for _ in range(3):
+        pair = batch_loss(mine, batch) / count, their_loss(theirs, docs) / count
+        for optimizer, loss in zip((ours, other), pair):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses.append(tuple(loss.item() for loss in pair))
+    for got, want in losses: assert got == pytest.approx(want, rel=2e-5)
+    assert losses[2][0] < losses[0][0]
 
 
 # files in fp8
