@@ -8,8 +8,8 @@ __all__ = ['Windows', 'YARN_KEYS', 'SCALING_KEYS', 'MISTRAL_NAMES', 'MISTRAL_BLO
            'windows_by_layer', 'yarn_scale', 'read_block', 'mistral_yarn', 'mistral_scaling', 'hf_yarn', 'hf_rope',
            'read_shape', 'mistral_window', 'mistral_experts', 'from_params', 'is_mistral_fp8', 'to_params',
            'yarn_params', 'is_readable', 'hf_windows', 'hf_positions', 'text_config', 'text_shape', 'from_hf',
-           'read_head', 'hf_tensor_names', 'shape_file', 'read_shape_json', 'load_model_args', 'linear_shapes',
-           'n_params', 'n_lora', 'flops_per_token']
+           'read_head', 'hf_tensor_names', 'shape_file', 'read_shape_json', 'load_model_args', 'declared_storage',
+           'linear_shapes', 'n_params', 'n_lora', 'flops_per_token']
 
 # %% ../../nbs/model/36_args.ipynb #imports
 import json
@@ -418,6 +418,16 @@ def load_model_args(folder: str | Path) -> ModelArgs:
     said = values.get("tie_word_embeddings", args.tied_embeddings or None)
     has_output = any(name.endswith("lm_head.weight") for name in names)
     return replace(args, tied_embeddings=said is not False and not has_output)
+
+# %% ../../nbs/model/36_args.ipynb #declared
+def declared_storage(folder: str | Path) -> str:
+    "The storage of the matrices by the file of the shape: none, nf4, or fp8_weight_only."
+    values = read_shape_json(shape_file(folder))
+    packed = values.get("quantization_config") or (values.get("text_config") or {}).get("quantization_config")
+    if is_mistral_fp8(values.get("quantization")): return "fp8_weight_only"
+    if not is_readable(packed): return "none"
+    if packed["quant_method"] == "bitsandbytes": return "nf4"
+    return "none" if packed.get("weight_block_size") else "fp8_weight_only"
 
 # %% ../../nbs/model/36_args.ipynb #count
 def linear_shapes(args: ModelArgs) -> dict[str, tuple[int, int, int]]:

@@ -20,7 +20,7 @@ from ..core.display import Table
 from ..core.hub import local_model
 from ..core.settings import check_paths, load_args, TrainArgs
 from ..data.cache import available_cores
-from ..model.args import load_model_args, ModelArgs
+from ..model.args import declared_storage, load_model_args, ModelArgs
 from ..model.attention import has_varlen
 from ..model.weights import file_dtype, storage_of
 from .memory import Memory, step_memory, StepShape
@@ -277,7 +277,8 @@ def plan(source=None, *overrides: str, **values) -> Plan:
     folder = Path(args.model_id_or_path)
     model = load_model_args(folder)  # says first if this model cannot be trained
     has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.pth"))  # params.json alone will do
-    storage = storage_of(folder, args.quantize) if has_weights else args.quantize
+    packed = declared_storage(folder) if args.quantize == "none" else args.quantize
+    storage = storage_of(folder, args.quantize) if has_weights else packed
     world = args.world_size or 1
     if args.memory_gib is not None and args.device != "cpu" and not torch.cuda.is_available():
         budget, dtype = int(args.memory_gib * 2**30), remote_dtype(args)
