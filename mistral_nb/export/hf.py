@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['HF_LAYER', 'HF_OUTSIDE', 'HF_CLASSES', 'SHARD_BYTES', 'hf_module', 'permute', 'is_turned', 'hf_tensors', 'hf_kind',
            'rope_block', 'layer_settings', 'hf_config', 'shard_names', 'write_shards', 'sizes_of', 'own_tokenizer_name',
-           'write_mistral', 'write_hf', 'write_hf_files', 'peft_tensors', 'peft_config', 'write_peft']
+           'write_mistral', 'write_hf', 'write_hf_files', 'with_partners', 'peft_tensors', 'peft_config', 'check_peft',
+           'write_peft']
 
 # %% ../../nbs/export/54_hf.ipynb #imports
 import json
@@ -221,10 +222,20 @@ def write_hf_files(folder: Path, tuned: Tuned, config: dict[str, Any]) -> None:
     for name, content in files.items(): write_atomic(folder / name, content)
 
 # %% ../../nbs/export/54_hf.ipynb #peft
+def with_partners(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    "An adapter in which experts have both `w1` and `w3`, one with zeros if need be: PEFT has them as one."
+    out = dict(state)
+    for name, t in state.items():
+        if found := re.fullmatch(r"(.+\.experts\.\d+\.w)([13])(\.lora_.+)", name):
+            partner = f"{found[1]}{4 - int(found[2])}{found[3]}"
+            if partner not in state: out[partner] = torch.zeros_like(t)
+    return out
+
+
 def peft_tensors(tuned: Tuned, vision: bool = False) -> dict[str, Tensor]:
     "The tensors of `adapter_model.safetensors`, float32."
     out, d = {}, tuned.args.head_dim
-    for name, t in adapter_state(tuned.model).items():
+    for name, t in with_partners(adapter_state(tuned.model)).items():
         module, _, leaf = name.partition(".lora_")
         leaf = {"magnitude": "magnitude_vector"}.get(leaf, leaf)
         turned = is_turned(module) and not leaf.startswith("A.")
@@ -234,12 +245,13 @@ def peft_tensors(tuned: Tuned, vision: bool = False) -> dict[str, Tensor]:
         out[f"base_model.model.{hf_module(module, vision)}.{leaf}"] = t
     return out
 
-
+# %% ../../nbs/export/54_hf.ipynb #peft-config
 def peft_config(tuned: Tuned, base: str, vision: bool = False) -> dict[str, Any]:
     "The content of `adapter_config.json`."
     layers = lora_layers(tuned.model)
-    rank = lora_rank(adapter_state(tuned.model))
-    leaves = sorted({hf_module(name).rpartition(".")[2] for name in layers})
+    state = with_partners(adapter_state(tuned.model))
+    rank = lora_rank(state)
+    leaves = sorted({hf_module(name.partition(".lora_")[0]).rpartition(".")[2] for name in state})
     saved = sorted({hf_module(n.removesuffix(".weight"), vision) for n in whole_state(tuned.model)})
     targets: Any = rf".*language_model.*\.({'|'.join(leaves)})" if vision else leaves
     return {
@@ -251,9 +263,20 @@ def peft_config(tuned: Tuned, base: str, vision: bool = False) -> dict[str, Any]
     }
 
 
+def check_peft(tuned: Tuned) -> None:
+    "`ModelError` for an adapter that PEFT cannot have, with the way out."
+    layers, whole = lora_layers(tuned.model), whole_state(tuned.model)
+    if not layers: raise ModelError("there is no adapter: export the model to 'hf'")
+    merged = "export the model with the adapter merged in, to 'hf'"
+    has_dora = any(layer.lora_magnitude is not None for name, layer in layers.items() if ".experts." in name)
+    if has_dora: raise ModelError(f"PEFT has no DoRA on the experts of a mixture: {merged}")
+    if tuned.args.tied_embeddings and "tok_embeddings.weight" in whole:
+        raise ModelError(f"PEFT would train an embedding apart from the output that is tied to it: {merged}")
+
+
 def write_peft(folder: Path, tuned: Tuned, base: str = "") -> int:
     "The adapter for PEFT, transformers and vLLM; returns the bytes of its tensors."
-    if not lora_layers(tuned.model): raise ModelError("there is no adapter: export the model to 'hf'")
+    check_peft(tuned)
     vision = tuned.args.vision
     tensors = peft_tensors(tuned, vision)
     config = peft_config(tuned, base or str(tuned.base or ""), vision)

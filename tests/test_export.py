@@ -1,0 +1,133 @@
+"""What goes out, loaded by the programs that it is for: transformers and peft, on small random models."""
+import json
+from dataclasses import replace
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+import torch
+
+from mistral_nb.data.tokens import load_tokenizer
+from mistral_nb.export.certificate import chat_ids, CHATS, greedy_ids, live_logits
+from mistral_nb.export.hf import write_hf, write_peft
+from mistral_nb.export.tuned import Tuned
+from mistral_nb.model.args import ModelArgs, ModelError, MoeArgs, QueryScaling, YarnArgs
+from mistral_nb.model.lora import add_adapters, init_lora, init_pissa, lora_layers, TARGETS
+from mistral_nb.model.lora import train_whole_weights
+from mistral_nb.model.weights import init_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+V3 = ModelArgs(32, 2, 8, 48, 4, 2, 1e-5, 32768, rope_theta=1e6)
+YARN = YarnArgs(8.0, 16, 4.0, 1.0, 1.2079441541679836)
+SHAPES = {
+    "dense v3": (V3, "v3"),
+    "dense tekken": (replace(V3, vocab_size=131072), "v3-tekken"),
+    "Mixtral": (replace(V3, moe=MoeArgs(4, 2)), "v3"),
+    "tied": (replace(V3, tied_embeddings=True), "v3"),
+    "window": (replace(V3, sliding_window=6), "v3"),
+    "windows": (replace(V3, sliding_window=(None, 6)), "v3"),
+    "YaRN": (replace(V3, yarn=YARN), "v3"),
+    "Ministral 3": (replace(V3, yarn=YARN, llama_4_scaling=QueryScaling(16, 0.3)), "v3"),
+}
+KINDS = ("plain", "rslora", "dora", "pissa", "norms", "tables")
+PARTS = {"all": TARGETS, "attention": TARGETS[:4], "qv": ("wq", "wv"), "w2": ("w2",), "w1": ("w1",)}
+
+
+def tuned_model(shape: str, kind: str = "plain", parts: str = "all", dtype=torch.float32) -> Tuned:
+    "A model whose adapter changes what it says"
+    args, name = SHAPES[shape]
+    model = init_model(args, seed=3).to(dtype)
+    scaling = 1.5 * (4**0.5 if kind == "rslora" else 1.0)
+    add_adapters(model, 4, scaling, targets=PARTS[parts], dora=kind == "dora")
+    init_lora(model, 1)
+    if kind == "pissa": init_pissa(model, 0)
+    g = torch.Generator().manual_seed(5)
+    also = {"norms": ["norms"], "tables": ["embeddings", "output"]}.get(kind, [])
+    if also: train_whole_weights(model, also)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            b = layer.lora_B.weight
+            b.add_(torch.randn(b.shape, generator=g) * 0.2)
+            if kind == "dora":
+                m = layer.lora_magnitude
+                m.mul_(1 + 0.3 * torch.rand(m.shape, generator=g))
+        for p in (model.get_parameter(n) for n in getattr(model, "base_values", {})):
+            p.add_(torch.randn(p.shape, generator=g) * 0.1)
+    return Tuned(model.eval(), load_tokenizer(name), dtype=dtype)
+
+
+DOCS = [[1, 5, 900, 17, 4, 88, 3000, 12, 9, 10, 11, 77, 300, 2, 8, 40, 41, 50, 60, 70], [1, 12, 44]]
+
+
+@torch.no_grad()
+def their_logits(model) -> list[torch.Tensor]:
+    return [model(torch.tensor([doc])).logits[0].float() for doc in DOCS]
+
+
+def same(got: list[torch.Tensor], want: list[torch.Tensor], most: float = 2e-5) -> None:
+    for a, b in zip(got, want): assert (a - b).abs().max() <= most * b.abs().max()
+
+
+def load_theirs(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_hf_folder(shape, tmp_path, recwarn):
+    "Transformers has the logits, the answers, the ids of chats, and says nothing about the tokenizer"
+    tuned = tuned_model(shape)
+    write_hf(tmp_path, tuned)
+    theirs = load_theirs(tmp_path)
+    same(their_logits(theirs), live_logits(tuned.model, DOCS))
+    tok = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for messages in CHATS:
+        want = chat_ids(tuned.tokenizer, messages)
+        got = tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert got == want
+        out = theirs.generate(torch.tensor([want]), max_new_tokens=6, do_sample=False)
+        assert out[0].tolist() == greedy_ids(tuned.model, [want], out.shape[1] - len(want))[0]
+    assert tok("Hi").input_ids == tuned.tokenizer.encode_text("Hi", bos=True)
+    assert tok.decode(tok("naïve — 東京").input_ids, skip_special_tokens=True).strip() == "naïve — 東京"
+    assert not [w for w in recwarn if "regex" in str(w.message)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", ["dense v3", "Mixtral", "tied"])
+def test_merged(shape, kind, tmp_path):
+    "Every kind of adapter is merged into a folder that does the same"
+    tuned = tuned_model(shape, kind)
+    write_hf(tmp_path, tuned)
+    same(their_logits(load_theirs(tmp_path)), live_logits(tuned.model, DOCS))
+
+
+def with_peft(tuned: Tuned, folder):
+    "Their base model, and on it their adapter, from folders"
+    base = Tuned(init_model(tuned.args, seed=3), tuned.tokenizer, dtype=torch.float32)
+    (folder / "base").mkdir()
+    (folder / "adapter").mkdir()
+    write_hf(folder / "base", base)
+    write_peft(folder / "adapter", tuned, str(folder / "base"))
+    return peft.PeftModel.from_pretrained(load_theirs(folder / "base"), folder / "adapter").eval()
+
+
+REFUSED = [("Mixtral", "dora", parts) for parts in ("all", "w1", "w2")]
+REFUSED += [("tied", "tables", parts) for parts in PARTS]
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", ["dense v3", "Mixtral", "tied", "windows", "Ministral 3"])
+def test_peft_folder(shape, kind, parts, tmp_path):
+    "PEFT finds every tensor, and has the logits"
+    tuned = tuned_model(shape, kind, parts)
+    if (shape, kind, parts) in REFUSED:
+        with pytest.raises(ModelError, match="adapter merged in, to 'hf'"): write_peft(tmp_path, tuned)
+        return
+    theirs = with_peft(tuned, tmp_path)
+    same(their_logits(theirs), live_logits(tuned.model, DOCS), 5e-5)
+    said = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == str(tmp_path / "base") and not said["use_rslora"]
