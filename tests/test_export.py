@@ -32,7 +32,7 @@ SHAPES = {
     "Ministral 3": (replace(V3, yarn=YARN, llama_4_scaling=QueryScaling(16, 0.3)), "v3"),
 }
 KINDS = ("plain", "rslora", "dora", "pissa", "norms", "tables")
-PARTS = {"all": TARGETS, "attention": TARGETS[:4], "qv": ("wq", "wv"), "w2": ("w2",), "w1": ("w1",)}
+PARTS = {"all": TARGETS, "attention": TARGETS[:4], "qv": ("wq", "wv"), "w2": ("w2",), "w1": ("w1",), "w13": ("w1", "w3"), "w12": ("w1", "w2")}
 
 
 def tuned_model(shape: str, kind: str = "plain", parts: str = "all", dtype=torch.float32) -> Tuned:

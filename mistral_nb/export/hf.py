@@ -223,12 +223,15 @@ def write_hf_files(folder: Path, tuned: Tuned, config: dict[str, Any]) -> None:
 
 # %% ../../nbs/export/54_hf.ipynb #peft
 def with_partners(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    "An adapter in which experts have both `w1` and `w3`, one with zeros if need be: PEFT has them as one."
+    "An adapter in which experts with `w1` or `w3` have all three, zeros if need be: PEFT has them as one."
     out = dict(state)
     for name, t in state.items():
-        if found := re.fullmatch(r"(.+\.experts\.\d+\.w)([13])(\.lora_.+)", name):
-            partner = f"{found[1]}{4 - int(found[2])}{found[3]}"
-            if partner not in state: out[partner] = torch.zeros_like(t)
+        found = re.fullmatch(r"(.+\.experts\.\d+\.w)([13])\.lora_([AB])\.weight", name)
+        if not found: continue
+        at, number, side = found.groups()
+        out.setdefault(f"{at}{4 - int(number)}.lora_{side}.weight", torch.zeros_like(t))
+        other = "B" if side == "A" else "A"  # the way back, from hidden_dim to dim
+        out.setdefault(f"{at}2.lora_{other}.weight", torch.zeros(t.shape[::-1]))
     return out
 
 
