@@ -6,9 +6,9 @@
 __all__ = ['CONFIG', 'KINDS', 'Command', 'COMMANDS', 'made_demo', 'trained_on', 'demo_options', 'cmd_demo', 'train_options',
            'cmd_train', 'plan_options', 'cmd_plan', 'runs_options', 'cmd_runs', 'chat_options', 'talk_options',
            'open_chat', 'cmd_chat', 'generate_options', 'cmd_generate', 'complete_options', 'cmd_complete',
-           'extend_options', 'cmd_extend', 'models_options', 'cmd_models', 'download_options', 'cmd_download',
-           'show_options', 'cmd_show', 'check_options', 'cmd_check', 'convert_options', 'cmd_convert', 'cache_options',
-           'cmd_cache', 'parser', 'main']
+           'extend_options', 'cmd_extend', 'export_options', 'cmd_export', 'models_options', 'cmd_models',
+           'download_options', 'cmd_download', 'show_options', 'cmd_show', 'check_options', 'cmd_check',
+           'convert_options', 'cmd_convert', 'cache_options', 'cmd_cache', 'parser', 'main']
 
 # %% ../nbs/90_cli.ipynb #imports
 import argparse
@@ -241,6 +241,25 @@ def cmd_extend(args: Namespace) -> int:
     print(safe_text(f"wrote {extend_vocab(args.model, args.to, args.seed)}, with the tokenizer v3"))
     return 0
 
+# %% ../nbs/90_cli.ipynb #export
+def export_options(p: ArgumentParser) -> None:
+    "Options of `mistral-nb export`."
+    p.add_argument("checkpoint", help="a run, a checkpoint, an adapter, or a model folder")
+    p.add_argument("format", help="peft, hf or mistral")
+    p.add_argument("to", help="the new folder")
+    p.add_argument("--model", default=None, help="the base model; a run knows its own")
+    p.add_argument("--kind", default=None, help="f32, f16 or bf16; the base's own by default")
+    same = "merge into the 16-bit base of an adapter that was trained on a packed one"
+    p.add_argument("--original", action="store_true", help=same)
+
+
+def cmd_export(args: Namespace) -> int:
+    "Write what was learned in another program's format."
+    from mistral_nb.export.exports import export_model
+    made = export_model(args.checkpoint, args.format, args.to, args.model, args.kind, args.original)
+    print(made)
+    return 0
+
 # %% ../nbs/90_cli.ipynb #hub
 def models_options(p: ArgumentParser) -> None:
     "Options of `mistral-nb models`."
@@ -399,6 +418,7 @@ COMMANDS: dict[str, Command] = {
     "chat": (cmd_chat, talk_options, "talk with a model, with or without an adapter"),
     "generate": (cmd_generate, generate_options, "answer prompts and stop"),
     "complete": (cmd_complete, complete_options, "go on with texts, or fill the gap between two"),
+    "export": (cmd_export, export_options, "write what was learned for another program, and certify it"),
     "extend-vocab": (
         cmd_extend, extend_options, "give a model of 32,000 tokens the 32,768 of the v3 tokenizer",
     ),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['one_step', 'measured', 'evaluate', 'begin_save', 'last_saved', 'save', 'opened', 'take_folder', 'watch_for_hangs',
-           'why_stop', 'is_due', 'steps', 'is_unsaved', 'stopped', 'go_on', 'Trainer']
+           'why_stop', 'is_due', 'steps', 'is_unsaved', 'stopped', 'go_on', 'tuned_of', 'Trainer']
 
 # %% ../../nbs/train/75_loop.ipynb #imports
 import math
@@ -23,6 +23,9 @@ from ..core.hub import local_model
 from ..core.settings import check_paths, load_args, TrainArgs
 from ..data.batches import eval_batches
 from ..data.pack import Batch
+from ..export.exports import export_tuned, Exported
+from ..export.tuned import context_length, Tuned
+from ..infer.generate import check_whole
 from . import dist, faults
 from .build import effective_scaling, open_session
 from .checkpoint import checkpoint_files, rng_state
@@ -217,6 +220,14 @@ def go_on(run: Session) -> None:
     if newest: restore(run, newest)
     run.begun, run.inside = True, False
 
+# %% ../../nbs/train/75_loop.ipynb #export-run
+def tuned_of(run: Session) -> Tuned:
+    "What a run has learned so far, ready to go out; `ModelError` if its model is divided among processes."
+    check_whole(run.model)
+    folder = Path(run.args.model_id_or_path)
+    base, context = run.base, context_length(run.model.args, folder)
+    return Tuned(run.model, base.tokenizer, folder, base.storage, base.dtype, context)
+
 # %% ../../nbs/train/75_loop.ipynb #trainer
 class Trainer(SessionParts):
     "A run: `Trainer(args)`, then `fit()`, or `for step in trainer.steps()`."
@@ -245,6 +256,10 @@ class Trainer(SessionParts):
     def save(self) -> Path:
         "Write a checkpoint of this moment; returns its folder"
         return save(self.run)
+
+    def export(self, format: str, out: str | Path, **options: Any) -> Exported:
+        "What was learned so far in another program's format, certified; see export.exports"
+        return export_tuned(tuned_of(self.run), format, out, **options)
 
     def fit(self, resume: bool = False) -> History:
         "Train to the end with a progress bar; `resume` goes on from the newest checkpoint, if there is one"
