@@ -1,5 +1,6 @@
 """What goes out, loaded by the programs that it is for: transformers and peft, on small random models."""
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -12,9 +13,10 @@ from mistral_nb.data.tokens import load_tokenizer
 from mistral_nb.export.certificate import chat_ids, CHATS, greedy_ids, live_logits
 from mistral_nb.export.hf import write_hf, write_peft
 from mistral_nb.export.tuned import Tuned
+from mistral_nb.infer.chat import load_tuned, read_adapter
 from mistral_nb.model.args import ModelArgs, ModelError, MoeArgs, QueryScaling, YarnArgs
-from mistral_nb.model.lora import add_adapters, init_lora, init_pissa, lora_layers, TARGETS
-from mistral_nb.model.lora import train_whole_weights
+from mistral_nb.model.lora import add_adapters, add_adapters_like, init_lora, init_pissa
+from mistral_nb.model.lora import load_adapter_state, lora_layers, set_whole, TARGETS, train_whole_weights
 from mistral_nb.model.weights import init_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,7 +34,11 @@ SHAPES = {
     "Ministral 3": (replace(V3, yarn=YARN, llama_4_scaling=QueryScaling(16, 0.3)), "v3"),
 }
 KINDS = ("plain", "rslora", "dora", "pissa", "norms", "tables")
-PARTS = {"all": TARGETS, "attention": TARGETS[:4], "qv": ("wq", "wv"), "w2": ("w2",), "w1": ("w1",), "w13": ("w1", "w3"), "w12": ("w1", "w2")}
+PARTS = {
+    "all": TARGETS, "attention": TARGETS[:4], "qv": ("wq", "wv"), "w2": ("w2",), "w1": ("w1",),
+    "w13": ("w1", "w3"), "w12": ("w1", "w2"),
+}
+NIGHT = bool(os.environ.get("NIGHTLY"))  # all of the matrix, see `make nightly`
 
 
 def tuned_model(shape: str, kind: str = "plain", parts: str = "all", dtype=torch.float32) -> Tuned:
@@ -114,13 +120,16 @@ def with_peft(tuned: Tuned, folder):
     return peft.PeftModel.from_pretrained(load_theirs(folder / "base"), folder / "adapter").eval()
 
 
-REFUSED = [("Mixtral", "dora", parts) for parts in ("all", "w1", "w2")]
+REFUSED = [("Mixtral", "dora", parts) for parts in PARTS if parts[0] == "w" or parts == "all"]
 REFUSED += [("tied", "tables", parts) for parts in PARTS]
 
 
-@pytest.mark.parametrize("parts", PARTS)
+def chosen(cases: dict, few: tuple) -> tuple: return tuple(cases) if NIGHT else few
+
+
+@pytest.mark.parametrize("parts", chosen(PARTS, ("all", "w1")))
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", ["dense v3", "Mixtral", "tied", "windows", "Ministral 3"])
+@pytest.mark.parametrize("shape", chosen(SHAPES, ("dense v3", "Mixtral", "tied")))
 def test_peft_folder(shape, kind, parts, tmp_path):
     "PEFT finds every tensor, and has the logits"
     tuned = tuned_model(shape, kind, parts)
@@ -131,3 +140,34 @@ def test_peft_folder(shape, kind, parts, tmp_path):
     same(their_logits(theirs), live_logits(tuned.model, DOCS), 5e-5)
     said = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert said["base_model_name_or_path"] == str(tmp_path / "base") and not said["use_rslora"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", ["dense v3", "Mixtral", "windows"])
+def test_peft_comes_back(shape, kind, tmp_path):
+    "What was written for PEFT is read again as the same adapter"
+    tuned = tuned_model(shape, kind, "attention")
+    write_peft(tmp_path, tuned)
+    again = init_model(tuned.args, seed=3)
+    state, whole = read_adapter(tmp_path, tuned.args)
+    load_adapter_state(add_adapters_like(again, state), state)
+    set_whole(again, whole)
+    same(live_logits(again, DOCS), live_logits(tuned.model, DOCS))
+
+
+@pytest.mark.parametrize("change", [dict(use_rslora=True), dict(alpha_pattern={"q_proj": 3}),
+                                    dict(rank_pattern={"v_proj": 2}), dict(use_dora=True), {}])
+def test_peft_of_others(change, tmp_path):
+    "An adapter that PEFT has made and saved itself has its logits here"
+    args = SHAPES["dense v3"][0]
+    base = Tuned(init_model(args, seed=3), load_tokenizer("v3"), dtype=torch.float32)
+    write_hf(tmp_path, base)
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"], **change)
+    theirs = peft.get_peft_model(load_theirs(tmp_path), config).eval()
+    g = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad: p.add_(torch.rand(p.shape, generator=g) * 0.2)
+    theirs.save_pretrained(tmp_path / "adapter")
+    mine = load_tuned(tmp_path, tmp_path / "adapter")
+    same(live_logits(mine, DOCS), their_logits(theirs), 5e-5)

@@ -61,6 +61,7 @@ class LoraArgs:
     rslora: bool = False  # multiply scaling by √rank, so that a larger rank does not learn more slowly
     dora: bool = False  # also learn the length of each row
     init: str = "zero"  # zero: start as the base; pissa: start from the base's largest directions
+    adapter: str = ""  # start from this one: a checkpoint, a lora.safetensors, or a folder of PEFT
     lr_ratio: float = 1.0  # learning rate of lora_B over that of the rest (LoRA+)
     also_train: list[str] = field(default_factory=list)  # whole weights too: norms, embeddings, output
 
@@ -256,6 +257,9 @@ def check_lora(args: TrainArgs) -> None:
     require(lora.targets, "lora.targets", "is empty", "lora.enable: false trains the whole model")
     require(0 <= lora.dropout < 1, "lora.dropout", f"{lora.dropout} is not in [0, 1)")
     require(lora.init in ("zero", "pissa"), "lora.init", f"there is no {lora.init!r}", "one of zero, pissa")
+    if lora.adapter:
+        both = "an adapter has a beginning of its own"
+        require(lora.enable and lora.init == "zero", "lora.adapter", both, "leave lora.init at its default")
     if lora.init == "pissa":
         plain = not lora.dora and args.quantize == "none"
         hint = "leave lora.dora and quantize at their defaults"

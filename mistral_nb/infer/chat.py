@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Reply', 'split_at', 'calls_in', 'thought_apart', 'call_id', 'parse_reply', 'parse_answer', 'encode_history', 'Chat',
            'options_of', 'answer_ids', 'keep_answer', 'ask_once', 'stream_answer', 'single_answers', 'adapter_file',
-           'load_tensors', 'load_tuned']
+           'load_tensors', 'scaling_of', 'read_adapter', 'load_tuned']
 
 # %% ../../nbs/infer/47_chat.ipynb #imports
 import json
 import random
 import string
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Iterator, Sequence
@@ -21,7 +22,7 @@ from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMe
 from mistral_common.protocol.instruct.messages import UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.tool_calls import FunctionCall, ToolCall
-from safetensors import SafetensorError
+from safetensors import safe_open, SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,8 +30,9 @@ from ..core.display import Table
 from ..data.schema import Location, parse_tools
 from ..data.tokens import Tokenizer
 from .generate import generate, stream_text, stream_tokens
-from ..model.args import ModelError
-from ..model.lora import add_adapters_like, load_adapter_state, set_whole
+from ..model.args import ModelArgs, ModelError, read_shape_json
+from ..model.layouts import from_peft
+from ..model.lora import add_adapters_like, FILE_SCALING, load_adapter_state, set_whole
 from ..model.transformer import Transformer
 from ..model.weights import load_model
 
@@ -224,9 +226,10 @@ def single_answers(chat: Chat, questions: Sequence[str], tuned: bool) -> list[st
 
 # %% ../../nbs/infer/47_chat.ipynb #load
 def adapter_file(path: str | Path) -> Path:
-    "The `lora.safetensors` that `path` means: the file, its folder, or a checkpoint."
+    "The file of tensors that `path` means: itself, or that of a folder, PEFT's too, or of a checkpoint."
     path = Path(path)
-    for file in (path, path / "lora.safetensors", path / "consolidated/lora.safetensors"):
+    names = ("lora.safetensors", "consolidated/lora.safetensors", "adapter_model.safetensors")
+    for file in (path, *(path / name for name in names)):
         if file.is_file() and file.suffix == ".safetensors": return file
     raise ModelError(
         f"there is no adapter at {path}: give a lora.safetensors, or a folder or checkpoint with one"
@@ -239,6 +242,34 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as e:
         raise ModelError(f"{file} cannot be read ({e}): is it complete?") from None
 
+# %% ../../nbs/infer/47_chat.ipynb #read-adapter
+def scaling_of(file: Path, asked: float | None = None) -> float:
+    "The scaling with which an adapter file is right; a warning if nothing says it."
+    if asked is not None: return asked
+    with safe_open(file, "pt") as f: noted = (f.metadata() or {}).get("file_scaling")
+    if noted: return float(noted)
+    beside = file.with_name("params.json")
+    lora = read_shape_json(beside).get("lora") if beside.is_file() else None
+    said = lora.get("scaling") if isinstance(lora, dict) else None
+    if said is None:
+        problem = f"{file} does not say its scaling"
+        warnings.warn(f"{problem}: {FILE_SCALING} is assumed; give scaling=… if it is another", stacklevel=3)
+    return float(said or FILE_SCALING)
+
+
+def read_adapter(
+    path: str | Path, args: ModelArgs, scaling: float | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    "Tensors of an adapter, right for a scaling of 2.0, and whole weights beside it; or a `ModelError`."
+    file = adapter_file(path)
+    tensors = load_tensors(file)
+    if (file.parent / "adapter_config.json").is_file() and file.name.startswith("adapter"):
+        return from_peft(file.parent, tensors, args)
+    scale, whole = scaling_of(file, scaling) / FILE_SCALING, file.with_name("trained.safetensors")
+    if scale != 1:
+        tensors = {n: t.float() * scale if n.endswith("lora_B.weight") else t for n, t in tensors.items()}
+    return tensors, load_tensors(whole) if whole.exists() else {}
+
 # %% ../../nbs/infer/47_chat.ipynb #load-tuned
 def load_tuned(
     folder: str | Path,  # the base model
@@ -246,12 +277,12 @@ def load_tuned(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     quantize: str = "none",  # storage of the base's matrices: what the adapter was trained with fits best
+    scaling: float | None = None,  # of a file that does not say it
 ) -> Transformer:
-    "A model ready to chat with."
+    "A model ready to chat with; the adapter may be Mistral's or PEFT's."
     model = load_model(folder, dtype, device, quantize)
     if adapter is None: return model.eval()
-    file = adapter_file(adapter)
-    state, whole = load_tensors(file), file.with_name("trained.safetensors")
+    state, whole = read_adapter(adapter, model.args, scaling)
     load_adapter_state(add_adapters_like(model, state), state)
-    if whole.exists(): set_whole(model, load_tensors(whole))
+    if whole: set_whole(model, whole)
     return model.eval()

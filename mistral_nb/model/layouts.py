@@ -7,7 +7,7 @@ __all__ = ['SHARD_NUMBER', 'WEIGHT_PATTERNS', 'UNREADABLE_PATTERNS', 'ROTATION_T
            'STORED_DTYPES', 'FileTensor', 'NF4_STATE', 'HF_KEYS', 'named_in', 'numbered', 'complete_set',
            'weight_files', 'is_vision', 'vision_bytes', 'is_table', 'check_stored', 'check_finite', 'part_names',
            'from_bitsandbytes', 'fp8_scales', 'is_kept_fp8', 'from_fp8', 'text_name', 'mistral_name', 'unpermute',
-           'unpermute_any', 'from_hf_names']
+           'unpermute_any', 'from_hf_names', 'peft_settings', 'peft_scale', 'from_peft']
 
 # %% ../../nbs/model/43_layouts.ipynb #imports
 import json
@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .args import ModelArgs, read_head
-from .keys import ModelError
+from .args import ModelArgs, read_head, read_shape_json
+from .keys import in_words, ModelError
+from .lora import FILE_SCALING
 from .quant import FP8, FP8WeightOnly, NF4_BLOCK, NF4Linear, PackedLinear
 
 # %% ../../nbs/model/43_layouts.ipynb #index
@@ -254,3 +256,61 @@ def from_hf_names(
         if mine == name:
             raise ModelError(f"unknown tensor {name} in a Hugging Face file")
         yield mine, unpermute_any(t, args.head_dim) if re.search(r"attention\.w[qk]\.", mine) else t
+
+# %% ../../nbs/model/43_layouts.ipynb #peft
+_PEFT_PLAIN = {
+    "bias": ("none",), "fan_in_fan_out": (False,), "lora_bias": (False,), "layer_replication": (None,),
+    "target_parameters": (None, []), "use_qalora": (False,), "alora_invocation_tokens": (None,),
+    "trainable_token_indices": (None,), "exclude_modules": (None,),
+}
+
+
+
+def peft_settings(folder: Path) -> dict:
+    "What `adapter_config.json` says; `ModelError` for an adapter that is none of LoRA's, or has more to it."
+    file = folder / "adapter_config.json"
+    said = read_shape_json(file)
+    kind = said.get("peft_type") if isinstance(said, dict) else None
+    if kind != "LORA": raise ModelError(f"{file}: peft_type is {kind!r}: only LORA can be loaded")
+    for key, allowed in _PEFT_PLAIN.items():
+        if said.get(key) in (*allowed, None): continue
+        found = f"{key} is {in_words(said[key])}"
+        raise ModelError(f"{file}: {found}, which cannot be loaded: merge it with PEFT")
+    return said
+
+
+def peft_scale(said: dict, module: str, rank: int) -> float:
+    "What PEFT multiplies `B A` of a module with."
+    patterns = said.get("alpha_pattern") or {}
+    own = (a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+    alpha = next(own, said["lora_alpha"])
+    return alpha / (rank**0.5 if said.get("use_rslora") else rank)
+
+# %% ../../nbs/model/43_layouts.ipynb #from-peft
+_PEFT_LEAVES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_magnitude_vector": "magnitude",
+                ".lora_magnitude_vector.weight": "magnitude"}
+
+
+def from_peft(
+    folder: Path, tensors: dict[str, Tensor], args: ModelArgs
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    "Tensors of a PEFT folder as those of an adapter file, right for a scaling of 2.0; and whole weights."
+    said = peft_settings(folder)
+    ranks = [t.shape[0] for name, t in tensors.items() if name.endswith(".lora_A.weight")]
+    out, whole, most = {}, {}, max(ranks, default=0)
+    for name, t in tensors.items():
+        leaf = next((leaf for leaf in _PEFT_LEAVES if name.endswith(leaf)), "")
+        theirs = name.removeprefix("base_model.model.").removesuffix(leaf or ".weight")
+        mine = mistral_name(f"{theirs}.weight").removesuffix(".weight")
+        if mine == theirs: raise ModelError(f"{folder}: {name} is of no matrix that is known here")
+        t = t.float()
+        side = _PEFT_LEAVES.get(leaf, "")
+        if mine.endswith((".wq", ".wk")) and side in ("B", "magnitude"):
+            t = unpermute(t.view(len(t), -1), args.head_dim).view(t.shape)
+        if not side: whole[f"{mine}.weight"] = t
+        elif side == "magnitude": out[f"{mine}.lora_magnitude"] = t.reshape(-1)
+        elif side == "A": out[f"{mine}.lora_A.weight"] = F.pad(t, (0, 0, 0, most - len(t)))
+        else:
+            scale = peft_scale(said, theirs, t.shape[1]) / FILE_SCALING
+            out[f"{mine}.lora_B.weight"] = F.pad(t * scale, (0, most - t.shape[1]))
+    return out, whole
