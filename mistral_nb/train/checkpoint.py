@@ -39,7 +39,7 @@ def why_only_here(dora: bool, whole: Collection[str]) -> str:
     if not parts: return ""
     return (
         f"{' and '.join(parts)}: only mistral_nb loads such an adapter; "
-        "save_adapters: false writes the model with it merged in, which other programs load"
+        "export_model(…, 'hf'), or save_adapters: false, writes the model with it merged in, which others load"
     )
 
 LORA_KEYS = ("enable", "rank", "dropout", "scaling")  # that mistral-finetune writes
@@ -47,8 +47,11 @@ LORA_KEYS = ("enable", "rank", "dropout", "scaling")  # that mistral-finetune wr
 
 def own_settings(lora: dict[str, Any]) -> dict[str, Any]:
     "The adapter's settings in `params.json`: mistral-finetune's keys, and others that are no default."
-    default = LoraArgs()
-    return {k: v for k, v in lora.items() if k in LORA_KEYS or v != getattr(default, k, v) and k != "rslora"}
+    default, passed = LoraArgs(), ("rslora", "adapter")
+    return {
+        k: v for k, v in lora.items()
+        if k in LORA_KEYS or k not in passed and v != getattr(default, k, v)
+    }
 
 # %% ../../nbs/train/65_checkpoint.ipynb #adapter-files
 FileContents = dict[str, Any]  # what goes into a folder, by name: (tensors, notes), a text, or bytes
