@@ -117,7 +117,7 @@ def start_from(model: Transformer, lora: LoraArgs) -> None:
         hint = f"add {kind} to lora.also_train" if kind else ""
         require(name in mine, "lora.adapter", f"has {name} trained as a whole", hint)
     try: load_adapter_state(model, state)
-    except ValueError as e: raise ConfigError(f"lora.adapter: {e}; see lora.targets and lora.dora") from None
+    except ValueError as e: raise ConfigError("lora.adapter", str(e), "see lora.targets, lora.dora") from None
     with torch.no_grad():
         for name, t in whole.items(): local_rows(model.get_parameter(name)).copy_(t)
 

@@ -39,7 +39,7 @@ def why_only_here(dora: bool, whole: Collection[str]) -> str:
     if not parts: return ""
     return (
         f"{' and '.join(parts)}: only mistral_nb loads such an adapter; "
-        "export_model(…, 'hf'), or save_adapters: false, writes the model with it merged in, which others load"
+        "export_model(…, 'hf') or save_adapters: false merges it into the model, which others load"
     )
 
 LORA_KEYS = ("enable", "rank", "dropout", "scaling")  # that mistral-finetune writes
