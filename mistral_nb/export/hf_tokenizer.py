@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['merge_pairs', 'added_token', 'begin_rule', 'bpe_model', 'is_sentencepiece', 'sentencepiece_json', 'byte_letters',
-           'tekken_json', 'tokenizer_json', 'chat_template', 'render_chat', 'tokenizer_files']
+           'byte_tokens', 'spelled_merges', 'tekken_json', 'tokenizer_json', 'chat_template', 'render_chat',
+           'tokenizer_files']
 
 # %% ../../nbs/export/52_hf_tokenizer.ipynb #imports
 import json
@@ -91,28 +92,34 @@ def byte_letters() -> dict[int, str]:
     return {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(hidden)}
 
 
+def byte_tokens(tokenizer: Tokenizer) -> dict[bytes, int]:
+    "The bytes of each token of a Tekken tokenizer, control tokens apart, and its id."
+    base = tokenizer.base
+    ids = range(base.num_special_tokens, base.n_words)
+    return {base.id_to_byte_piece(i, SpecialTokenPolicy.KEEP): i for i in ids}
+
+
+def spelled_merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    "The pairs of a Tekken tokenizer, as letters."
+    letters, tokens = byte_letters(), byte_tokens(tokenizer)
+    pairs = merge_pairs(tokens, lambda i: i)
+    return [tuple("".join(letters[b] for b in raw) for raw in pair) for pair in pairs]
+
+
 def tekken_json(tokenizer: Tokenizer) -> dict[str, Any]:
     "The content of `tokenizer.json` for a Tekken tokenizer."
     base, letters = tokenizer.base, byte_letters()
-    first = base.num_special_tokens
-    tokens = {
-        base.id_to_byte_piece(i, SpecialTokenPolicy.KEEP): i for i in range(first, base.n_words)
-    }
-
-    def spelled(raw: bytes) -> str: return "".join(letters[b] for b in raw)
-
-    names = {base.id_to_piece(i): i for i in range(first)}
-    merges = ((spelled(a), spelled(b)) for a, b in merge_pairs(tokens, lambda i: i))
+    names = {base.id_to_piece(i): i for i in range(base.num_special_tokens)}
     pattern = json.loads(Path(base.file_path).read_text(encoding="utf-8"))["config"]["pattern"]
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    vocab = names | {spelled(raw): i for raw, i in tokens.items()}
+    vocab = names | {"".join(letters[b] for b in raw): i for raw, i in byte_tokens(tokenizer).items()}
     return {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [added_token(i, name) for name, i in names.items()], "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, as_bytes]},
         "post_processor": begin_rule(base.id_to_piece(base.bos_id), base.bos_id), "decoder": as_bytes,
-        "model": bpe_model(vocab, merges, ignore_merges=True),
+        "model": bpe_model(vocab, spelled_merges(tokenizer), ignore_merges=True),
     }
 
 
