@@ -6,7 +6,7 @@
 __all__ = ['FILE_TYPES', 'GGUF_KINDS', 'SMALLER', 'LARGE', 'NORMAL', 'UNKNOWN', 'CONTROL', 'USER_DEFINED', 'UNUSED', 'BYTE',
            'search_scale', 'search_symmetric', 'as_half', 'six_bit_scales', 'pack_q4_or_q5', 'pack_q6', 'more_bits',
            'gguf_kind_of', 'gguf_package', 'quantize_rows', 'gguf_name', 'stacked', 'gguf_arch', 'longest_text',
-           'add_shape', 'add_positions', 'piece_type', 'vocabulary', 'add_vocabulary', 'write_gguf', 'announce',
+           'add_shape', 'add_positions', 'piece_type', 'vocabulary', 'add_vocabulary', 'announce', 'write_gguf',
            'GGUFHead', 'read_gguf', 'unpack_kind', 'gguf_tensor', 'lora_tensors', 'write_lora_gguf']
 
 # %% ../../nbs/export/55_gguf_file.ipynb #imports
@@ -29,35 +29,38 @@ from ..model.args import ModelArgs, ModelError, yarn_scale
 def search_scale(
     x: Tensor, levels: int, first: float, steps: int
 ) -> tuple[Tensor, Tensor]:  # x (blocks, 32)
-    "Scale and negated minimum (blocks,) of codes 0 … `levels`, by weighted least squares over several scales."
+    "Scale and negated minimum (blocks,) of codes 0 … `levels`, by weighted least squares."
+    def total(t: Tensor) -> Tensor: return t.sum(1, keepdim=True)
+
     w = x.abs() + x.square().mean(1, keepdim=True).sqrt()
-    low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True)
-    span = high - low
-    flat = span == 0
-    span = span.masked_fill(flat, 1.0)
-    sum_w, sum_x = w.sum(1, keepdim=True), (w * x).sum(1, keepdim=True)
+    least, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True)
+    flat = high == least
+    high = high + flat  # any span will do where all is zero
+    sum_w, sum_x = total(w), total(w * x)
 
-    def codes_at(step: float) -> Tensor: return ((step + levels) / span * (x - low)).round_().clamp_(0, levels)
+    def codes_at(step: float) -> Tensor:
+        return ((step + levels) / (high - least) * (x - least)).round_().clamp_(0, levels)
+
     def error(scale: Tensor, least: Tensor, codes: Tensor) -> Tensor:
-        return (w * (scale * codes + least - x).square()).sum(1, keepdim=True)
+        return total(w * (scale * codes + least - x).square())
 
-    scale, least = span / levels, low
+    scale = (high - least) / levels
     best = error(scale, least, codes_at(0.0))
     for i in range(steps + 1):
         codes = codes_at(first + 0.1 * i)
         wl = w * codes
-        sum_l, sum_l2, sum_xl = wl.sum(1, keepdim=True), (wl * codes).sum(1, keepdim=True), \
-            (wl * x).sum(1, keepdim=True)
-        d = sum_w * sum_l2 - sum_l * sum_l
-        a = (sum_w * sum_xl - sum_x * sum_l) / d
-        b = (sum_l2 * sum_x - sum_l * sum_xl) / d
-        a, b = torch.where(b > 0, sum_xl / sum_l2, a), b.clamp(max=0)
+        l1, l2, lx = total(wl), total(wl * codes), total(wl * x)
+        d = sum_w * l2 - l1 * l1
+        a, b = (sum_w * lx - sum_x * l1) / d, (l2 * sum_x - l1 * lx) / d
+        a, b = torch.where(b > 0, lx / l2, a), b.clamp(max=0)
         now = error(a, b, codes)
         better = (d > 0) & (now < best)
-        scale, least, best = (torch.where(better, new, old) for new, old in ((a, scale), (b, least), (now, best)))
+        scale, least, best = (
+            torch.where(better, new, old) for new, old in ((a, scale), (b, least), (now, best))
+        )
     return scale.masked_fill(flat, 0.0).squeeze(1), -least.squeeze(1)
 
-
+# %% ../../nbs/export/55_gguf_file.ipynb #symmetric
 def search_symmetric(x: Tensor, half: int = 32) -> Tensor:  # x (blocks, 16) -> (blocks,)
     "Scale of codes `-half` … `half - 1`, the error weighted by the square of each weight."
     at = x.abs().argmax(1, keepdim=True)
@@ -113,7 +116,7 @@ def pack_q4_or_q5(w: Tensor, bits: int) -> Tensor:  # (n, 256) float32 -> (n, by
     fifth = ((codes.view(n, 8, 32) >> 4) << shifts).sum(1, dtype=torch.uint8)
     return torch.cat([*head, fifth, pairs], 1)
 
-
+# %% ../../nbs/export/55_gguf_file.ipynb #q6
 def pack_q6(w: Tensor) -> Tensor:  # (n, 256) float32 -> (n, 210)
     "Blocks of `q6_k`."
     n = len(w)
@@ -160,7 +163,8 @@ def gguf_kind_of(name: str, shape: tuple[int, ...], kind: str, args: ModelArgs) 
 def gguf_package() -> Any:
     "The package gguf; `ModelError` says how to get it."
     try: import gguf
-    except ImportError: raise ModelError('this needs the package gguf: pip install "mistral_nb[gguf]"') from None
+    except ImportError:
+        raise ModelError('GGUF needs the package gguf: pip install "mistral_nb[gguf]"') from None
     return gguf
 
 
@@ -183,7 +187,8 @@ def quantize_rows(w: Tensor, kind: str, chunk: int = 1 << 22) -> np.ndarray:
 
 # %% ../../nbs/export/55_gguf_file.ipynb #names
 _GGUF_PARTS = {
-    "attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v", "attention.wo": "attn_output",
+    "attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v",
+    "attention.wo": "attn_output",
     "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up",
     "feed_forward.gate": "ffn_gate_inp", "attention_norm": "attn_norm", "ffn_norm": "ffn_norm",
 }
@@ -231,7 +236,7 @@ def longest_text(args: ModelArgs, context: int) -> int:
     windows = args.sliding_window if isinstance(args.sliding_window, tuple) else (args.sliding_window,)
     return min([context, *(w for w in windows if w)])
 
-
+# %% ../../nbs/export/55_gguf_file.ipynb #head
 def add_shape(writer: Any, args: ModelArgs, context: int, kind: str, name: str) -> None:
     "Write the shape into a file's head."
     writer.add_name(name)
@@ -291,7 +296,7 @@ def vocabulary(tokenizer: Tokenizer) -> tuple[list[str], list[float], list[int]]
     texts = [*names, *("".join(letters[b] for b in piece) for piece in raw)]
     return texts, [0.0] * len(texts), [CONTROL] * first + [NORMAL] * len(raw)
 
-
+# %% ../../nbs/export/55_gguf_file.ipynb #add-vocabulary
 def add_vocabulary(writer: Any, tokenizer: Tokenizer, template: str) -> None:
     "Write tokens and chat template into a file's head."
     base, texts = tokenizer.base, vocabulary(tokenizer)
@@ -312,37 +317,7 @@ def add_vocabulary(writer: Any, tokenizer: Tokenizer, template: str) -> None:
     writer.add_add_eos_token(False)
     writer.add_chat_template(template)
 
-# %% ../../nbs/export/55_gguf_file.ipynb #write
-def write_gguf(
-    out_file: Path,
-    tensors: Iterator[tuple[str, Tensor]],  # under Mistral's names
-    shapes: Mapping[str, tuple[int, ...]],
-    args: ModelArgs,
-    tokenizer: Tokenizer,
-    kind: str = "f16",
-    template: str = "",
-    context: int = 32768,
-    name: str = "tuned",
-) -> int:
-    "A model in one file; returns its bytes."
-    if kind not in FILE_TYPES: raise ModelError(f"there is no kind {kind!r}: give one of {', '.join(GGUF_KINDS)}")
-    gguf = gguf_package()
-    with torch.device("meta"): empty = [(n, torch.empty(s)) for n, s in shapes.items()]
-    announced = {n: tuple(t.shape) for n, t in stacked(empty, args)}
-    kinds = {n: gguf_kind_of(n, s, kind, args) for n, s in announced.items()}
-    with atomic_path(out_file) as part:
-        writer = gguf.GGUFWriter(part, gguf_arch(args))
-        add_shape(writer, args, context, kind, name)
-        add_positions(writer, args)
-        add_vocabulary(writer, tokenizer, template)
-        for tensor, dims in announced.items(): announce(writer, tensor, dims, kinds[tensor])
-        _write_head(writer, part)
-        for tensor, t in stacked(tensors, args):
-            writer.write_tensor_data(quantize_rows(t if t.dim() > 1 else t[None], kinds[tensor]))
-        writer.close()
-        return part.stat().st_size
-
-
+# %% ../../nbs/export/55_gguf_file.ipynb #announce
 def announce(writer: Any, name: str, dims: tuple[int, ...], kind: str) -> None:
     "Say of a tensor what will come."
     gguf = gguf_package()
@@ -360,6 +335,37 @@ def _write_head(writer: Any, file: Path) -> None:
     writer.write_header_to_file(file)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+
+# %% ../../nbs/export/55_gguf_file.ipynb #write
+def write_gguf(
+    out_file: Path,
+    tensors: Iterator[tuple[str, Tensor]],  # under Mistral's names
+    shapes: Mapping[str, tuple[int, ...]],
+    args: ModelArgs,
+    tokenizer: Tokenizer,
+    kind: str = "f16",
+    template: str = "",
+    context: int = 32768,
+    name: str = "tuned",
+) -> int:
+    "A model in one file; returns its bytes."
+    if kind not in FILE_TYPES:
+        raise ModelError(f"there is no kind {kind!r}: give one of {', '.join(GGUF_KINDS)}")
+    gguf = gguf_package()
+    with torch.device("meta"): empty = [(n, torch.empty(s)) for n, s in shapes.items()]
+    announced = {n: tuple(t.shape) for n, t in stacked(empty, args)}
+    kinds = {n: gguf_kind_of(n, s, kind, args) for n, s in announced.items()}
+    with atomic_path(out_file) as part:
+        writer = gguf.GGUFWriter(part, gguf_arch(args))
+        add_shape(writer, args, context, kind, name)
+        add_positions(writer, args)
+        add_vocabulary(writer, tokenizer, template)
+        for tensor, dims in announced.items(): announce(writer, tensor, dims, kinds[tensor])
+        _write_head(writer, part)
+        for tensor, t in stacked(tensors, args):
+            writer.write_tensor_data(quantize_rows(t if t.dim() > 1 else t[None], kinds[tensor]))
+        writer.close()
+        return part.stat().st_size
 
 # %% ../../nbs/export/55_gguf_file.ipynb #read
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -397,7 +403,8 @@ def read_gguf(file: str | Path) -> GGUFHead:
     "The head of a GGUF file; `ModelError` for any other."
     raw = _Bytes(Path(file))
     with raw.f:
-        if raw.f.read(4) != b"GGUF" or raw.number("I") != 3: raise ModelError(f"{file} is no GGUF file of version 3")
+        if raw.f.read(4) != b"GGUF" or raw.number("I") != 3:
+            raise ModelError(f"{file} is no GGUF file of version 3")
         n_tensors, n_fields = raw.number("Q"), raw.number("Q")
         fields = {raw.text(): raw.value(raw.number("I")) for _ in range(n_fields)}
         found = []
@@ -439,7 +446,7 @@ def _unpack_32(raw: np.ndarray, kind: str) -> np.ndarray:  # blocks of 32
     bits = np.unpackbits(raw[:, -20:-16], axis=1, bitorder="little") * 16.0
     return d * (nibbles + bits - 16) if kind == "q5_0" else d * (nibbles + bits) + _halves(raw[:, 2:4])
 
-
+# %% ../../nbs/export/55_gguf_file.ipynb #unpack-kind
 def unpack_kind(raw: np.ndarray, kind: str) -> np.ndarray:
     "Float32 numbers of whole blocks (n, bytes) of a kind."
     if kind in ("f32", "f16"): return raw.view(np.float32 if kind == "f32" else np.float16).astype(np.float32)
