@@ -245,10 +245,11 @@ def cmd_extend(args: Namespace) -> int:
 def export_options(p: ArgumentParser) -> None:
     "Options of `mistral-nb export`."
     p.add_argument("checkpoint", help="a run, a checkpoint, an adapter, or a model folder")
-    p.add_argument("format", help="peft, hf or mistral")
+    p.add_argument("format", help="peft, hf, mistral or gguf")
     p.add_argument("to", help="the new folder")
     p.add_argument("--model", default=None, help="the base model; a run knows its own")
-    p.add_argument("--kind", default=None, help="f32, f16 or bf16; the base's own by default")
+    kinds = "f32, f16 or bf16, the base's own by default; for gguf q8_0, q6_k, q5_k, q4_k ... or lora, too"
+    p.add_argument("--kind", default=None, help=kinds)
     same = "merge into the 16-bit base of an adapter that was trained on a packed one"
     p.add_argument("--original", action="store_true", help=same)
 
