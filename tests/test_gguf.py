@@ -25,7 +25,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LONGER = {"window": 60, "windows": (None, 60)}  # llama.cpp has no windows: its texts end there
 TEXTS = [
     "Hi", " Do  it ", "  two\n\n lines\t", "naïve — 東京 🎉👩", "x = 1;\nfor i in y:\n    z(i)\n",
-    "3.14 1234567", "a" * 90, "don't I'LL", "\r\n\r\n", "مرحبا", "ﷺ ½ Ⅷ", "{\"a\": [1, 2]}", "\u200b z", "<b>bold</b>",
+    "3.14 1234567", "a" * 90, "don't I'LL", 
+    "\r\n\r\n", "مرحبا", "ﷺ ½ Ⅷ", "{\"a\": [1, 2]}", "\u200b z", "<b>bold</b>",
     "e = mc²",
 ]
 
