@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..core.display import Table
+from ..core.hub import find_adapter
 from ..data.schema import Location, parse_tools
 from ..data.tokens import Tokenizer
 from .generate import generate, stream_text, stream_tokens
@@ -227,7 +228,7 @@ def single_answers(chat: Chat, questions: Sequence[str], tuned: bool) -> list[st
 # %% ../../nbs/infer/47_chat.ipynb #load
 def adapter_file(path: str | Path) -> Path:
     "The file of tensors that `path` means: itself, or that of a folder, PEFT's too, or of a checkpoint."
-    path = Path(path)
+    path = find_adapter(path)
     names = ("lora.safetensors", "consolidated/lora.safetensors", "adapter_model.safetensors")
     for file in (path, *(path / name for name in names)):
         if file.is_file() and file.suffix == ".safetensors": return file
