@@ -110,6 +110,7 @@ class Certificate:
     matrix_allowed: float = 0.0
     logprob_error: float = 0.0  # the largest difference of a log-probability
     logprob_allowed: float = 0.0
+    kl_divergence: float = 0.0  # of the next token, from the model in memory, mean over positions, in nats
     same_token: float = 1.0  # share of positions with the same likeliest token
     same_answers: bool = True  # to the questions asked, token by token
     chats: int = 0  # whose ids were compared, all equal
@@ -127,12 +128,14 @@ def certificate_table(c: Certificate) -> Table:
     rows = [
         ("largest error of a matrix", f"{c.matrix_error:.1e}", f"{c.matrix_allowed:.0e}", c.worst_matrix),
         ("largest error of a log-probability", f"{c.logprob_error:.1e}", f"{c.logprob_allowed:.0e}", ""),
+        ("mean KL divergence of the next token", f"{c.kl_divergence:.1e}", "", "nats"),
         ("positions with the same likeliest token", f"{c.same_token:.1%}", "", ""),
         ("answers, token by token", "the same" if c.same_answers else "differ", "", ""),
         ("chats with the same ids", str(c.chats), "", "" if c.chats else "not compared"),
         *(("note", note, "", "") for note in c.notes),
     ]
-    return Table(["what", "found", "allowed", "where"], rows, title=f"{c.format}, read back by {c.reader}")
+    head = ["what", "found", "allowed", "where"]
+    return Table(head, rows, title=f"{c.format}, read back by {c.reader}", width=120)
 
 # %% ../../nbs/export/53_certificate.ipynb #limits
 LIMITS = {  # of a matrix, relative; of a log-probability
@@ -154,12 +157,13 @@ def matrix_errors(live: Iterator[tuple[str, Tensor]], read: Reader) -> Iterator[
         yield name, error if error == error else torch.inf
 
 
-def logit_errors(got: Sequence[Tensor], want: Sequence[Tensor]) -> tuple[float, float]:
-    "Largest difference of a log-probability, and share of positions with the same likeliest token."
+def logit_errors(got: Sequence[Tensor], want: Sequence[Tensor]) -> tuple[float, float, float]:
+    "Largest difference of a log-probability, mean KL divergence, share of positions with the same first."
     pairs = [(a.log_softmax(-1), b.log_softmax(-1)) for a, b in zip(got, want)]
     worst = torch.stack([(a - b).abs().max() for a, b in pairs]).max().item()
     same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in pairs])
-    return worst, same.float().mean().item()
+    lost = torch.cat([(b.exp() * (b - a)).sum(-1) for a, b in pairs])
+    return worst, lost.mean().item(), same.float().mean().item()
 
 # %% ../../nbs/export/53_certificate.ipynb #chats
 QUESTION = {"role": "user", "content": "Which way is north?"}
@@ -213,7 +217,7 @@ def certify_export(
     questions = [chat_ids(tuned.tokenizer, messages) for messages in CHATS]
     answered = greedy_ids(tuned.model, questions)
     got, want = read_logits(read, args, answered), live_logits(tuned.model, answered)
-    apart, share = logit_errors(got, want)
+    apart, lost, share = logit_errors(got, want)
     same = all(
         logits[len(q) - 1 : -1].argmax(-1).tolist() == a[len(q) :]
         for logits, q, a in zip(got, questions, answered)
@@ -223,4 +227,4 @@ def certify_export(
             f"{format}: a log-probability differs by {apart:.2g} from the model in memory; "
             f"{kind} allows {farthest:g}"
         )
-    return Certificate(format, reader, name, worst, most, apart, farthest, share, same)
+    return Certificate(format, reader, name, worst, most, apart, farthest, lost, share, same)

@@ -199,7 +199,7 @@ def certified_by_program(format: str, folder: Path, tuned: Tuned, found: Certifi
     docs = [chat_ids(tuned.tokenizer, messages) for messages in CHATS]
     logits = program_logits(format, folder, tuned, docs)
     if logits is None: return
-    apart, _ = logit_errors(logits, live_logits(tuned.model, docs))
+    apart, _, _ = logit_errors(logits, live_logits(tuned.model, docs))
     found.reader += " and transformers"
     if not apart <= found.logprob_allowed:
         allowed = f"{apart:.2g} from the model in memory; {found.logprob_allowed:g} is allowed"
