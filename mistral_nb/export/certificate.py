@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Reader', 'LIMITS', 'KIND_OF_DTYPE', 'QUESTION', 'CHATS', 'layered_logits', 'in_float32', 'live_logits', 'greedy_ids',
-           'read_block', 'read_logits', 'CertificateError', 'Certificate', 'certificate_table', 'matrix_errors',
+           'block_from', 'read_logits', 'CertificateError', 'ExportCertificate', 'certificate_table', 'matrix_errors',
            'logit_errors', 'chat_ids', 'compare_chats', 'certify_export']
 
 # %% ../../nbs/export/53_certificate.ipynb #imports
@@ -78,7 +78,7 @@ Reader = Callable[[str], Tensor]  # the weight of a name, in Mistral's order of 
 
 
 @torch.no_grad()
-def read_block(read: Reader, args: ModelArgs, layer: int) -> nn.Module:
+def block_from(read: Reader, args: ModelArgs, layer: int) -> nn.Module:
     "One layer in float32, from a reader."
     with torch.device("meta"): block = Block(args, layer)
     for name, _ in list(block.named_parameters()):
@@ -90,7 +90,7 @@ def read_block(read: Reader, args: ModelArgs, layer: int) -> nn.Module:
 
 def read_logits(read: Reader, args: ModelArgs, docs: Sequence[Sequence[int]]) -> list[Tensor]:
     "Float32 logits of a model in files."
-    blocks = (read_block(read, args, i) for i in range(args.n_layers))
+    blocks = (block_from(read, args, i) for i in range(args.n_layers))
     table = read("tok_embeddings.weight")
     output = table if args.tied_embeddings else read("output.weight")
     return layered_logits(args, table, blocks, read("norm.weight"), output, docs)
@@ -101,7 +101,7 @@ class CertificateError(ModelError):
 
 
 @dataclass
-class Certificate:
+class ExportCertificate:
     "What was measured of an export, and what was allowed."
     format: str
     reader: str
@@ -123,7 +123,7 @@ class Certificate:
     def _repr_html_(self) -> str: return certificate_table(self)._repr_html_()
 
 
-def certificate_table(c: Certificate) -> Table:
+def certificate_table(c: ExportCertificate) -> Table:
     "A certificate for people."
     rows = [
         ("largest error of a matrix", f"{c.matrix_error:.1e}", f"{c.matrix_allowed:.0e}", c.worst_matrix),
@@ -205,7 +205,7 @@ def certify_export(
     kind: str = "bf16",  # of LIMITS
     reader: str = "this package",
     live: Iterator[tuple[str, Tensor]] | None = None,  # compared with the matrices, if not the merged ones
-) -> Certificate:
+) -> ExportCertificate:
     "What an export does beside the model in memory; `CertificateError` if it is more than rounding."
     args, (most, farthest) = tuned.args, LIMITS[kind]
     compared = tuned.tensors(torch.float32) if live is None else live
@@ -227,4 +227,4 @@ def certify_export(
             f"{format}: a log-probability differs by {apart:.2g} from the model in memory; "
             f"{kind} allows {farthest:g}"
         )
-    return Certificate(format, reader, name, worst, most, apart, farthest, lost, share, same)
+    return ExportCertificate(format, reader, name, worst, most, apart, farthest, lost, share, same)

@@ -6,8 +6,8 @@
 __all__ = ['OWN_FORMAT', 'PROGRAM_PARAMS', 'TYPED_MARKS', 'DTYPES', 'Write', 'GGUF_LIMITS', 'FORMATS', 'FolderReader',
            'AdapterReader', 'base_weight', 'serving_lines', 'gguf_lines', 'program_logits', 'cut_at_marks',
            'certified_chats', 'certified_by_program', 'dtype_of_kind', 'export_mistral', 'export_hf', 'export_peft',
-           'certified_vocabulary', 'stored_bits', 'gguf_stem', 'modelfile', 'export_gguf', 'export_lora_gguf',
-           'Exported', 'card_of', 'export_tuned', 'export_model']
+           'certified_vocabulary', 'gguf_bits', 'gguf_stem', 'modelfile', 'export_gguf', 'export_lora_gguf', 'Exported',
+           'card_of', 'export_tuned', 'export_model']
 
 # %% ../../nbs/export/57_exports.ipynb #imports
 import difflib
@@ -29,7 +29,7 @@ from torch import Tensor
 from ..core.display import Table
 from ..core.files import atomic_folder, write_atomic
 from ..core.hub import check_room
-from .certificate import Certificate, CertificateError, certificate_table
+from .certificate import ExportCertificate, CertificateError, certificate_table
 from .certificate import certify_export, chat_ids, CHATS, compare_chats, KIND_OF_DTYPE
 from .certificate import live_logits, logit_errors
 from .gguf_file import FILE_TYPES, gguf_name, gguf_tensor, read_gguf, vocabulary
@@ -181,7 +181,7 @@ def cut_at_marks(text: str, tokenizer: Tokenizer) -> list[int]:
 TYPED_MARKS = "a control token that a user types, as [INST], is one there, and was text in training"
 
 
-def certified_chats(folder: Path, tuned: Tuned, found: Certificate) -> None:
+def certified_chats(folder: Path, tuned: Tuned, found: ExportCertificate) -> None:
     "Put into a certificate how many chats have the right ids by the files in a Hugging Face folder."
     template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     encode = partial(cut_at_marks, tokenizer=tuned.tokenizer)
@@ -194,7 +194,7 @@ def certified_chats(folder: Path, tuned: Tuned, found: Certificate) -> None:
     found.notes.append(TYPED_MARKS)
 
 
-def certified_by_program(format: str, folder: Path, tuned: Tuned, found: Certificate) -> None:
+def certified_by_program(format: str, folder: Path, tuned: Tuned, found: ExportCertificate) -> None:
     "Have the program itself load an export, if it is here; `CertificateError` if its logits are others."
     docs = [chat_ids(tuned.tokenizer, messages) for messages in CHATS]
     logits = program_logits(format, folder, tuned, docs)
@@ -208,7 +208,7 @@ def certified_by_program(format: str, folder: Path, tuned: Tuned, found: Certifi
 
 # %% ../../nbs/export/57_exports.ipynb #formats
 DTYPES = {kind: dtype for dtype, kind in KIND_OF_DTYPE.items()}
-Write = Callable[..., Certificate]  # folder, tuned, kind -> what was found
+Write = Callable[..., ExportCertificate]  # folder, tuned, kind -> what was found
 
 
 def dtype_of_kind(kind: str | None, default: torch.dtype) -> torch.dtype:
@@ -218,7 +218,7 @@ def dtype_of_kind(kind: str | None, default: torch.dtype) -> torch.dtype:
     raise ModelError(f"kind is {kind!r}, and must be one of {', '.join(DTYPES)} for this format")
 
 
-def export_mistral(folder: Path, tuned: Tuned, kind: str | None = None) -> Certificate:
+def export_mistral(folder: Path, tuned: Tuned, kind: str | None = None) -> ExportCertificate:
     "The merged model in Mistral's layout."
     dtype = dtype_of_kind(kind, tuned.dtype)
     write_mistral(folder, tuned, dtype)
@@ -227,7 +227,7 @@ def export_mistral(folder: Path, tuned: Tuned, kind: str | None = None) -> Certi
     finally: reader.close()
 
 
-def export_hf(folder: Path, tuned: Tuned, kind: str | None = None) -> Certificate:
+def export_hf(folder: Path, tuned: Tuned, kind: str | None = None) -> ExportCertificate:
     "The merged model in Hugging Face's layout."
     dtype = dtype_of_kind(kind, tuned.dtype)
     write_hf(folder, tuned, dtype)
@@ -239,7 +239,7 @@ def export_hf(folder: Path, tuned: Tuned, kind: str | None = None) -> Certificat
     return found
 
 
-def export_peft(folder: Path, tuned: Tuned, kind: str | None = None) -> Certificate:
+def export_peft(folder: Path, tuned: Tuned, kind: str | None = None) -> ExportCertificate:
     "The adapter alone for PEFT; it keeps float32."
     dtype_of_kind(kind, torch.float32)
     write_peft(folder, tuned)
@@ -250,7 +250,7 @@ def export_peft(folder: Path, tuned: Tuned, kind: str | None = None) -> Certific
     return found
 
 # %% ../../nbs/export/57_exports.ipynb #vocabulary
-def certified_vocabulary(fields: dict[str, Any], tuned: Tuned, found: Certificate) -> None:
+def certified_vocabulary(fields: dict[str, Any], tuned: Tuned, found: ExportCertificate) -> None:
     "Compare tokens and template of a GGUF file with the tokenizer; `CertificateError` if they differ."
     texts, _, types = vocabulary(tuned.tokenizer)
     right = fields["tokenizer.ggml.tokens"] == texts and fields["tokenizer.ggml.token_type"] == types
@@ -263,7 +263,7 @@ def certified_vocabulary(fields: dict[str, Any], tuned: Tuned, found: Certificat
     found.notes.append(TYPED_MARKS)
 
 # %% ../../nbs/export/57_exports.ipynb #gguf
-def stored_bits(kind: str) -> int:
+def gguf_bits(kind: str) -> int:
     "Bits of a weight in a kind, at most."
     return {"f32": 32, "f16": 16, "bf16": 16}.get(kind) or int(kind[1]) + 1
 
@@ -283,7 +283,7 @@ def modelfile(file: str) -> str:
     return f"FROM ./{file}\nPARAMETER stop \"</s>\"\n"
 
 
-def export_gguf(folder: Path, tuned: Tuned, kind: str | None = None) -> Certificate:
+def export_gguf(folder: Path, tuned: Tuned, kind: str | None = None) -> ExportCertificate:
     "The merged model in one file for llama.cpp, or with the kind `lora` the adapter alone."
     if kind == "lora": return export_lora_gguf(folder, tuned)
     kind, tokenizer = kind or "f16", tuned.tokenizer
@@ -291,7 +291,7 @@ def export_gguf(folder: Path, tuned: Tuned, kind: str | None = None) -> Certific
         raise ModelError(f"there is no kind {kind!r} of GGUF: give one of {', '.join(FILE_TYPES)}, lora")
     file, template = folder / f"{gguf_stem(tuned)}-{kind}.gguf", chat_template(tokenizer)
     options = kind, template, tuned.context, gguf_stem(tuned)
-    check_room(folder, sum(math.prod(s) for s in tuned.shapes().values()) * stored_bits(kind) // 8)
+    check_room(folder, sum(math.prod(s) for s in tuned.shapes().values()) * gguf_bits(kind) // 8)
     write_gguf(file, tuned.tensors(torch.float32), tuned.shapes(), tuned.args, tokenizer, *options)
     write_atomic(folder / "Modelfile", modelfile(file.name))
     head = read_gguf(file)
@@ -303,7 +303,7 @@ def export_gguf(folder: Path, tuned: Tuned, kind: str | None = None) -> Certific
     return found
 
 # %% ../../nbs/export/57_exports.ipynb #gguf-lora
-def export_lora_gguf(folder: Path, tuned: Tuned) -> Certificate:
+def export_lora_gguf(folder: Path, tuned: Tuned) -> ExportCertificate:
     "The adapter alone for llama.cpp; `ModelError` for one that such a file cannot hold."
     state, whole = adapter_state(tuned.model), whole_state(tuned.model)
     if not state: raise ModelError("there is no adapter: export the model with another kind")
@@ -332,7 +332,7 @@ FORMATS: dict[str, Write] = {
 class Exported:
     "A folder that is ready to be loaded elsewhere."
     folder: Path
-    certificate: Certificate
+    certificate: ExportCertificate
     lines: list[tuple[str, str]] = field(default_factory=list)
 
     def table(self) -> Table:
@@ -344,7 +344,7 @@ class Exported:
     def _repr_html_(self) -> str: return self.certificate._repr_html_() + self.table()._repr_html_()
 
 # %% ../../nbs/export/57_exports.ipynb #card
-def card_of(tuned: Tuned, found: Certificate, lines: list[tuple[str, str]]) -> str:
+def card_of(tuned: Tuned, found: ExportCertificate, lines: list[tuple[str, str]]) -> str:
     "The page of an export, in Markdown."
     base = tuned.base.name if tuned.base else "a model in memory"
     rows = "\n".join(f"- {program}: `{line}`" for program, line in lines)
