@@ -245,11 +245,12 @@ def cmd_extend(args: Namespace) -> int:
 def export_options(p: ArgumentParser) -> None:
     "Options of `mistral-nb export`."
     p.add_argument("checkpoint", help="a run, a checkpoint, an adapter, or a model folder")
-    p.add_argument("format", help="peft, hf, mistral or gguf")
+    p.add_argument("format", help="peft, hf, mistral, gguf, gptq, awq or fp8")
     p.add_argument("to", help="the new folder")
     p.add_argument("--model", default=None, help="the base model; a run knows its own")
     kinds = "f32, f16 or bf16, the base's own by default; for gguf q8_0, q6_k, q5_k, q4_k ... or lora, too"
     p.add_argument("--kind", default=None, help=kinds)
+    p.add_argument("--rows", default=None, help="data to calibrate gptq and awq with; the run's by default")
     same = "merge into the 16-bit base of an adapter that was trained on a packed one"
     p.add_argument("--original", action="store_true", help=same)
 
@@ -257,7 +258,8 @@ def export_options(p: ArgumentParser) -> None:
 def cmd_export(args: Namespace) -> int:
     "Write what was learned in another program's format."
     from mistral_nb.export.exports import export_model
-    made = export_model(args.checkpoint, args.format, args.to, args.model, args.kind, args.original)
+    rows = dict(rows=args.rows) if args.rows else {}
+    made = export_model(args.checkpoint, args.format, args.to, args.model, args.kind, args.original, **rows)
     print(made)
     return 0
 

@@ -10,8 +10,10 @@ peft = pytest.importorskip("peft")
 import torch
 
 from mistral_nb.data.tokens import load_tokenizer
-from mistral_nb.export.certificate import chat_ids, CHATS, greedy_ids, live_logits
+from mistral_nb.export.certificate import chat_ids, CHATS, greedy_ids, live_logits, read_logits
+from mistral_nb.export.exports import export_tuned
 from mistral_nb.export.hf import write_hf, write_peft
+from mistral_nb.export.rounding import PackedReader
 from mistral_nb.export.tuned import Tuned
 from mistral_nb.infer.chat import load_tuned, read_adapter
 from mistral_nb.model.args import ModelArgs, ModelError, MoeArgs, QueryScaling, YarnArgs
@@ -74,6 +76,12 @@ def their_logits(model) -> list[torch.Tensor]:
 
 def same(got: list[torch.Tensor], want: list[torch.Tensor], most: float = 2e-5) -> None:
     for a, b in zip(got, want): assert (a - b).abs().max() <= most * b.abs().max()
+
+
+def chats(n: int) -> list[dict]:
+    "Rows to calibrate with"
+    said = [("user", "Say {}."), ("assistant", "{}!")]
+    return [{"messages": [{"role": r, "content": t.format(i)} for r, t in said]} for i in range(n)]
 
 
 def load_theirs(folder):
@@ -171,3 +179,35 @@ def test_peft_of_others(change, tmp_path):
     theirs.save_pretrained(tmp_path / "adapter")
     mine = load_tuned(tmp_path, tmp_path / "adapter")
     same(live_logits(mine, DOCS), their_logits(theirs), 5e-5)
+
+
+@pytest.mark.parametrize("shape", ["dense", "tied"])
+@pytest.mark.parametrize("kind", ["w4a16", "fp8"])
+def test_compressed(kind, shape, tmp_path):
+    "Packed matrices are the same to transformers and compressed-tensors"
+    pytest.importorskip("compressed_tensors")
+    args = ModelArgs(64, 2, 16, 96, 4, 2, 1e-5, 32768, tied_embeddings=shape == "tied")
+    tuned = Tuned(init_model(args, seed=3), load_tokenizer("v3"), dtype=torch.float32)
+    rows = chats(12)
+    made = export_tuned(tuned, "gptq" if kind == "w4a16" else "fp8", tmp_path / "out", kind, rows=rows)
+    theirs = load_theirs(made.folder)
+    reader = PackedReader(made.folder, args)
+    mine = read_logits(reader, args, DOCS)
+    reader.close()
+    for a, b in zip(their_logits(theirs), mine):  # fp8 rounds its inputs too
+        assert (a - b).abs().max() < (0.05 if kind == "w4a16" else 0.25) * b.abs().max()
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq", "fp8"])
+@pytest.mark.parametrize("shape", ["dense", "mixture"])
+def test_packed(format, shape, tmp_path):
+    "Packed exports are certified, and say what they lose on rows held out"
+    args = ModelArgs(64, 2, 16, 96, 4, 2, 1e-5, 32768, moe=MoeArgs(4, 2) if shape == "mixture" else None)
+    model = add_adapters(init_model(args, seed=3), 4, 2.0)
+    init_lora(model, 0)
+    rows = chats(20)
+    tuned = Tuned(model.eval(), load_tokenizer("v3"), dtype=torch.float32)
+    made = export_tuned(tuned, format, tmp_path / "out", rows=rows)
+    assert made.certificate.chats == len(CHATS) and "vllm serve" in made.lines[0][1]
+    assert (made.folder / "certificate.json").exists()
+    assert (format == "fp8") != any("held out" in note for note in made.certificate.notes)

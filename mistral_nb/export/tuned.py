@@ -36,6 +36,7 @@ class Tuned:
     storage: str = "none"  # of the base's matrices while it was trained
     dtype: torch.dtype = torch.bfloat16  # of weights that go out in 16 bits: the base's own
     context: int = 32768  # the longest text that the model was made for
+    rows: str = ""  # the data that it was trained on, where that is known
 
     @property
     def args(self) -> ModelArgs: return self.model.args
@@ -111,12 +112,15 @@ def open_tuned(
     storage = "none" if original else trained_storage(file)
     kept = set(packed_kinds(weight_files(folder)).values())
     tuned = load_tuned(folder, path, quantize="none" if storage in kept else storage)
-    return _described(tuned, load_tokenizer(folder), folder, storage)
+    rows = (settings.get("data") or {}).get("instruct_data") or ""
+    return _described(tuned, load_tokenizer(folder), folder, storage, str(rows))
 
 
-def _described(model: Transformer, tokenizer: Tokenizer, folder: Path, storage: str) -> Tuned:
+def _described(
+    model: Transformer, tokenizer: Tokenizer, folder: Path, storage: str, rows: str = ""
+) -> Tuned:
     context = context_length(model.args, folder)
-    return Tuned(model, tokenizer, folder, storage, file_dtype(folder), context)
+    return Tuned(model, tokenizer, folder, storage, file_dtype(folder), context, rows)
 
 # %% ../../nbs/export/51_tuned.ipynb #difference
 def base_difference(tuned: Tuned) -> float:

@@ -226,7 +226,8 @@ def tuned_of(run: Session) -> Tuned:
     check_whole(run.model)
     folder = Path(run.args.model_id_or_path)
     base, context = run.base, context_length(run.model.args, folder)
-    return Tuned(run.model, base.tokenizer, folder, base.storage, base.dtype, context)
+    rows = run.args.data.instruct_data
+    return Tuned(run.model, base.tokenizer, folder, base.storage, base.dtype, context, rows)
 
 # %% ../../nbs/train/75_loop.ipynb #trainer
 class Trainer(SessionParts):
