@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OWN_FORMAT', 'PROGRAM_PARAMS', 'TYPED_MARKS', 'DTYPES', 'Write', 'GGUF_LIMITS', 'CALIBRATION_ROWS',
-           'CALIBRATION_TOKENS', 'LAYOUTS', 'FORMATS', 'FolderReader', 'AdapterReader', 'base_weight', 'serving_lines',
+           'CALIBRATION_TOKENS', 'PACKINGS', 'FORMATS', 'FolderReader', 'AdapterReader', 'base_weight', 'serving_lines',
            'gguf_lines', 'program_logits', 'cut_at_marks', 'certified_chats', 'certified_by_program', 'dtype_of_kind',
            'export_mistral', 'export_hf', 'export_peft', 'certified_vocabulary', 'gguf_bits', 'gguf_stem', 'modelfile',
            'export_gguf', 'export_lora_gguf', 'calibration_samples', 'mean_loss_of', 'export_packed', 'held_out_note',
@@ -357,7 +357,7 @@ def mean_loss_of(logits: list[Tensor], samples: Sequence[TokenSample]) -> float:
     return total / max(n, 1)
 
 # %% ../../nbs/export/57_exports.ipynb #packed
-LAYOUTS = {"gptq": ("gptq", "w4a16"), "awq": ("awq",), "fp8": ("fp8",)}  # the kinds of a format
+PACKINGS = {"gptq": ("gptq", "w4a16"), "awq": ("awq",), "fp8": ("fp8",)}  # the kinds of a format
 
 
 def export_packed(
@@ -366,8 +366,8 @@ def export_packed(
 ) -> ExportCertificate:
     "The merged model with matrices of 4 or 8 bits, for vLLM."
     layout = kind or format
-    if layout not in LAYOUTS[format]:
-        raise ModelError(f"there is no kind {kind!r} of {format}: give {' or '.join(LAYOUTS[format])}")
+    if layout not in PACKINGS[format]:
+        raise ModelError(f"there is no kind {kind!r} of {format}: give {' or '.join(PACKINGS[format])}")
     four = format != "fp8"
     samples = calibration_samples(rows or tuned.rows, tuned.tokenizer) if four else []
     kept = [s for i, s in enumerate(samples) if i % 5]
