@@ -95,6 +95,16 @@ def test_model(shape, tmp_path):
     assert made.certificate.chats == len(CHATS)
 
 
+def test_long_queries_alone(tmp_path):
+    "Long queries without stretched positions, and rows without tokens"
+    args = replace(SHAPES["Ministral 3"][0], yarn=None, vocab_size=32800)
+    SHAPES["alone"] = args, "v3"
+    try: tuned = tuned_model("alone")
+    finally: del SHAPES["alone"]
+    made = export_tuned(tuned, "gguf", tmp_path / "out", "f32")
+    same_answers(LlamaCpp(next(made.folder.glob("*.gguf"))), tuned, 5e-3)
+
+
 @pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q4_k", "q4_0"])
 def test_kinds(kind, tmp_path):
     "Every kind loads, and its likelihoods are near"

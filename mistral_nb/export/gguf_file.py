@@ -22,7 +22,7 @@ from torch import Tensor
 from ..core.files import atomic_path
 from ..data.tokens import Tokenizer
 from .hf_tokenizer import byte_letters, byte_tokens, is_sentencepiece
-from .hf_tokenizer import spelled_merges
+from .hf_tokenizer import own_words, spelled_merges
 from ..model.args import ModelArgs, ModelError, yarn_scale
 
 # %% ../../nbs/export/55_gguf_file.ipynb #scales
@@ -226,6 +226,11 @@ def gguf_arch(args: ModelArgs) -> str:
     "The architecture; `ModelError` for a shape that llama.cpp does not have."
     if not args.yarn and not args.llama_4_scaling: return "llama"
     if args.moe: raise ModelError("llama.cpp has no experts with stretched positions: export to 'mistral'")
+    q = args.llama_4_scaling
+    if args.yarn and q and q.original_max_position_embeddings != args.yarn.original_max_position_embeddings:
+        raise ModelError("a GGUF file has one length for YaRN and for long queries: export to 'mistral'")
+    if args.yarn and not args.yarn.truncate:
+        raise ModelError("a GGUF file cannot say that YaRN does not truncate: export to 'hf'")
     if args.yarn and args.yarn.scale not in (1.0, yarn_scale(args.yarn.factor)):
         raise ModelError(f"a GGUF file cannot say that YaRN's scale is {args.yarn.scale}: export to 'hf'")
     return "mistral3"
@@ -269,7 +274,7 @@ def add_positions(writer: Any, args: ModelArgs) -> None:
         writer.add_rope_scaling_orig_ctx_len(y.original_max_position_embeddings)
     if q := args.llama_4_scaling:
         writer.add_attn_temperature_scale(q.beta)
-        writer.add_attn_temperature_length(q.original_max_position_embeddings)
+        if not args.yarn: writer.add_rope_scaling_orig_ctx_len(q.original_max_position_embeddings)
 
 # %% ../../nbs/export/55_gguf_file.ipynb #vocabulary
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens in a GGUF file
@@ -288,8 +293,9 @@ def vocabulary(tokenizer: Tokenizer) -> tuple[list[str], list[float], list[int]]
     base = tokenizer.base
     if is_sentencepiece(tokenizer):
         pieces, ids = base._model, range(base._model.vocab_size())
-        scores = [pieces.get_score(i) for i in ids]
-        return [pieces.id_to_piece(i) for i in ids], scores, [piece_type(pieces, i) for i in ids]
+        scores, own = [pieces.get_score(i) for i in ids], set(own_words(tokenizer))
+        types = [USER_DEFINED if i in own else piece_type(pieces, i) for i in ids]
+        return [pieces.id_to_piece(i) for i in ids], scores, types
     letters, first = byte_letters(), base.num_special_tokens
     names = [base.id_to_piece(i) for i in range(first)]
     raw = list(byte_tokens(tokenizer))
@@ -297,9 +303,12 @@ def vocabulary(tokenizer: Tokenizer) -> tuple[list[str], list[float], list[int]]
     return texts, [0.0] * len(texts), [CONTROL] * first + [NORMAL] * len(raw)
 
 # %% ../../nbs/export/55_gguf_file.ipynb #add-vocabulary
-def add_vocabulary(writer: Any, tokenizer: Tokenizer, template: str) -> None:
-    "Write tokens and chat template into a file's head."
+def add_vocabulary(writer: Any, tokenizer: Tokenizer, template: str, rows: int = 0) -> None:
+    "Write tokens and chat template into a file's head; rows of the model without a token get an unused one."
     base, texts = tokenizer.base, vocabulary(tokenizer)
+    more = range(len(texts[0]), rows)
+    fill = [f"[PAD{i}]" for i in more], [0.0] * len(more), [UNUSED] * len(more)
+    texts = tuple([*found, *added] for found, added in zip(texts, fill))
     if is_sentencepiece(tokenizer):
         writer.add_tokenizer_model("llama")
         writer.add_token_scores(texts[1])
@@ -359,7 +368,7 @@ def write_gguf(
         writer = gguf.GGUFWriter(part, gguf_arch(args))
         add_shape(writer, args, context, kind, name)
         add_positions(writer, args)
-        add_vocabulary(writer, tokenizer, template)
+        add_vocabulary(writer, tokenizer, template, args.vocab_size)
         for tensor, dims in announced.items(): announce(writer, tensor, dims, kinds[tensor])
         _write_head(writer, part)
         for tensor, t in stacked(tensors, args):

@@ -76,7 +76,7 @@ def _project(capability) -> None:
     attention.has_varlen = plan.has_varlen = lambda device: capability >= (8, 0)
     attention.BlockIndex.of = staticmethod(_block_index)
     fused.int = lambda x: 7  # seeds of dropout
-    moe.sort_by_expert, moe.LoopedExperts.__init__ = _equal_experts(moe.sort_by_expert)
+    moe.sort_by_expert, moe.stretches = _equal_experts(moe.sort_by_expert)
     weights.safe_open = _real_files(weights.safe_open)
 
 
@@ -97,11 +97,11 @@ def _equal_experts(real):
         rows[0] = chosen.numel()
         return real(chosen, experts)
 
-    def looped(self, parts, ends):
-        at = [rows[0] * i // len(parts) for i in range(len(parts) + 1)]
-        self.parts, self.at = parts, [slice(a, b) for a, b in zip(at, at[1:])]
+    def stretches(ends):
+        at = [rows[0] * i // len(ends) for i in range(len(ends) + 1)]
+        return [slice(a, b) for a, b in zip(at, at[1:])]
 
-    return sort_by_expert, looped
+    return sort_by_expert, stretches
 
 
 def _real_files(opened):
