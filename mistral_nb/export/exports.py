@@ -268,7 +268,7 @@ def certified_vocabulary(fields: dict[str, Any], tuned: Tuned, found: ExportCert
     if promised < tuned.context:
         found.notes.append(f"llama.cpp has no sliding windows: right up to {promised:,} tokens")
     if is_sentencepiece(tuned.tokenizer) and own_words(tuned.tokenizer):
-        found.notes.append("behind a word of your own llama.cpp begins with a blank: a token there may differ")
+        found.notes.append("behind a word of your own llama.cpp puts a blank: a token may differ")
     found.notes.append(TYPED_MARKS)
 
 # %% ../../nbs/export/57_exports.ipynb #gguf
