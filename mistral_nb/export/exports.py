@@ -124,6 +124,7 @@ def serving_lines(
     base, here = shlex.quote(str(tuned.base or "BASE")), shlex.quote(str(out))
     layers = lora_layers(tuned.model)
     rank = max([layer.lora_A.out_features for layer in layers.values()], default=0)
+    older = not (tuned.args.tied_embeddings or tuned.args.yarn or tuned.args.llama_4_scaling)
     load = "from transformers import AutoModelForCausalLM as M; model = M.from_pretrained"
     if format == "gguf": return gguf_lines(out, next((f for f in files if f.endswith(".gguf")), ""))
     return {
@@ -137,7 +138,7 @@ def serving_lines(
         ],
         "mistral": [
             ("vLLM", f"vllm serve {here} {OWN_FORMAT}"),
-            ("mistral-inference", f"mistral-chat {here} --instruct"),
+            *([("mistral-inference", f"mistral-chat {here} --instruct")] if older else []),
         ],
     }.get(format, [("vLLM", f"vllm serve {here}")])
 
