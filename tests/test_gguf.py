@@ -135,19 +135,14 @@ def test_adapter(shape, kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"])
 def test_packing(kind):
-    "The bytes of llama.cpp's own packing; of the k-kinds nearly all of them, and no larger error"
+    "The bytes of llama.cpp's own packing"
     lib = ctypes.CDLL(glob.glob(f"{xllamacpp.__path__[0]}/*.so")[0])
     pack, sizes = lib.ggml_quantize_chunk, (ctypes.c_int64,) * 3
     pack.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *sizes, ctypes.c_void_p]
     pack.restype = ctypes.c_size_t
     w = torch.randn(200, 1024, generator=torch.Generator().manual_seed(3)).numpy()
-    w[5, :256] = 0
+    w[5, :256], w[6, :32], w[7, 3], w[8] = 0, 0.5, 90, w[8] * 1e-6
     mine, number = quantize_rows(torch.from_numpy(w), kind), gguf.GGMLQuantizationType[kind.upper()]
     theirs = np.zeros_like(mine)
     pack(int(number), w.ctypes.data, theirs.ctypes.data, 0, *w.shape, None)
-    if not kind.endswith("k"): assert (mine == theirs).all()
-    assert (mine != theirs).mean() < 0.02
-
-    def error(packed: np.ndarray) -> float: return np.linalg.norm(gguf.quants.dequantize(packed, number) - w)
-
-    assert error(mine) < 1.001 * error(theirs)
+    assert (mine == theirs).all()
