@@ -436,7 +436,7 @@ class _Bytes:
         inner, n = self.number("I"), self.number("Q")
         return [self.value(inner) for _ in range(n)]
 
-
+# %% ../../nbs/export/55_gguf_file.ipynb #read-head
 def read_gguf(file: str | Path) -> GGUFHead:
     "The head of a GGUF file; `ModelError` for any other."
     raw = _Bytes(Path(file))
