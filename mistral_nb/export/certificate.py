@@ -125,8 +125,9 @@ class ExportCertificate:
 
 def certificate_table(c: ExportCertificate) -> Table:
     "A certificate for people."
+    matrices = "largest error of a matrix", f"{c.matrix_error:.1e}", f"{c.matrix_allowed:.0e}", c.worst_matrix
     rows = [
-        ("largest error of a matrix", f"{c.matrix_error:.1e}", f"{c.matrix_allowed:.0e}", c.worst_matrix),
+        matrices if c.worst_matrix else ("largest error of a matrix", "not compared", "", ""),
         ("largest error of a log-probability", f"{c.logprob_error:.1e}", f"{c.logprob_allowed:.1e}", ""),
         ("mean KL divergence of the next token", f"{c.kl_divergence:.1e}", "", "nats"),
         ("positions with the same likeliest token", f"{c.same_token:.1%}", "", ""),
@@ -163,7 +164,7 @@ def logit_errors(got: Sequence[Tensor], want: Sequence[Tensor]) -> tuple[float, 
     pairs = [(a.log_softmax(-1), b.log_softmax(-1)) for a, b in zip(got, want)]
     worst = torch.stack([(a - b).abs().max() for a, b in pairs]).max().item()
     same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in pairs])
-    lost = torch.cat([(b.exp() * (b - a)).sum(-1) for a, b in pairs])
+    lost = torch.cat([(b.exp() * (b - a)).sum(-1) for a, b in pairs]).clamp(min=0)  # below is rounding
     return worst, lost.mean().item(), same.float().mean().item()
 
 # %% ../../nbs/export/53_certificate.ipynb #chats

@@ -7,8 +7,8 @@ __all__ = ['OWN_FORMAT', 'PROGRAM_PARAMS', 'TYPED_MARKS', 'DTYPES', 'Write', 'GG
            'CALIBRATION_TOKENS', 'PACKINGS', 'FORMATS', 'FolderReader', 'AdapterReader', 'base_weight', 'serving_lines',
            'gguf_lines', 'program_logits', 'cut_at_marks', 'certified_chats', 'certified_by_program', 'dtype_of_kind',
            'export_mistral', 'export_hf', 'export_peft', 'certified_vocabulary', 'gguf_bits', 'gguf_stem', 'modelfile',
-           'export_gguf', 'export_lora_gguf', 'calibration_samples', 'mean_loss_of', 'export_packed', 'held_out_note',
-           'Exported', 'card_of', 'export_tuned', 'export_model']
+           'export_gguf', 'export_lora_gguf', 'calibration_rows', 'calibration_samples', 'mean_loss_of',
+           'export_packed', 'held_out_note', 'Exported', 'card_of', 'export_tuned', 'export_model']
 
 # %% ../../nbs/export/57_exports.ipynb #imports
 import difflib
@@ -18,11 +18,11 @@ import re
 import shlex
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from safetensors import safe_open
@@ -31,9 +31,9 @@ from torch import Tensor
 from ..core.display import Table
 from ..core.files import atomic_folder, write_atomic
 from ..core.hub import check_room
-from ..core.paths import parse_sources
-from ..data.schema import Location, parse_row, read_samples
-from ..data.tokens import encode, Tokenizer, TokenSample
+from ..core.paths import jsonl_files, parse_sources
+from ..data.schema import Location, parse_row, read_samples, Sample
+from ..data.tokens import encode, load_tokenizer, Tokenizer, TokenSample
 from .certificate import ExportCertificate, CertificateError, certificate_table
 from .certificate import certify_export, chat_ids, CHATS, compare_chats, KIND_OF_DTYPE
 from .certificate import live_logits, logit_errors, Reader, read_logits
@@ -224,14 +224,19 @@ def dtype_of_kind(kind: str | None, default: torch.dtype) -> torch.dtype:
     if kind in DTYPES: return DTYPES[kind]
     raise ModelError(f"kind is {kind!r}, and must be one of {', '.join(DTYPES)} for this format")
 
-
+# %% ../../nbs/export/57_exports.ipynb #whole-formats
 def export_mistral(folder: Path, tuned: Tuned, kind: str | None = None) -> ExportCertificate:
     "The merged model in Mistral's layout."
     dtype = dtype_of_kind(kind, tuned.dtype)
     write_mistral(folder, tuned, dtype)
     reader = FolderReader(folder, tuned.args, "consolidated*.safetensors")
-    try: return certify_export(tuned, "mistral", reader, KIND_OF_DTYPE[dtype])
+    try: found = certify_export(tuned, "mistral", reader, KIND_OF_DTYPE[dtype])
     finally: reader.close()
+    there = load_tokenizer(folder)
+    wrong = [m for m in CHATS if chat_ids(there, m) != chat_ids(tuned.tokenizer, m)]
+    if wrong: raise CertificateError(f"mistral: the chat {wrong[0]} has other ids than in training")
+    found.chats = len(CHATS)
+    return found
 
 
 def export_hf(folder: Path, tuned: Tuned, kind: str | None = None) -> ExportCertificate:
@@ -336,18 +341,26 @@ def export_lora_gguf(folder: Path, tuned: Tuned) -> ExportCertificate:
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 128, 512  # at most, and of each at most
 
 
-def calibration_samples(rows: Any, tokenizer: Tokenizer) -> list[TokenSample]:
-    "Tokens and masks of rows, or of a source as in `data.instruct_data`; `ModelError` if there are too few."
-    if isinstance(rows, str): rows = parse_sources(rows)[0].path if rows else []
-    version, out = tokenizer.version, []
-    found = read_samples(rows, version=version) if isinstance(rows, Path) else (
-        (i, parse_row(row, version=version, where=Location(field=f"rows[{i}]"))) for i, row in enumerate(rows)
-    )
-    for _, sample in islice(found, CALIBRATION_ROWS):
-        s = encode(sample, tokenizer)
-        out.append(TokenSample(s.tokens[:CALIBRATION_TOKENS], s.mask[:CALIBRATION_TOKENS]))
-    if len(out) >= 5: return out
-    raise ModelError(f"{len(out)} rows are too few to calibrate with: give rows=… with at least 5")
+def calibration_rows(rows: Any, version: str) -> Iterator[Sample]:
+    "The samples in rows, or in all files of a source as in `data.instruct_data`."
+    if not isinstance(rows, str | Path):
+        for i, row in enumerate(rows):
+            yield parse_row(row, where=Location(field=f"rows[{i}]"), version=version)
+        return
+    for file in (f for source in parse_sources(str(rows)) for f in jsonl_files(source.path)):
+        if not file.is_file(): raise ModelError(f"there are no rows at {file}: give rows=… to calibrate with")
+        for _, sample in read_samples(file, version=version): yield sample
+
+
+def calibration_samples(rows: Any, tokenizer: Tokenizer) -> tuple[list[TokenSample], str]:
+    "Tokens and masks of some rows, and how many were cut; `ModelError` if there are too few."
+    found = islice(calibration_rows(rows, tokenizer.version), CALIBRATION_ROWS)
+    whole = [encode(sample, tokenizer) for sample in found]
+    n, most = len(whole), CALIBRATION_TOKENS
+    if n < 5: raise ModelError(f"{n} rows are too few to calibrate with: give rows=… with 5")
+    cut = sum(len(s.tokens) > most for s in whole)
+    note = f"the first {n} rows were taken, {cut} of them cut to {most} tokens; four of five calibrate"
+    return [TokenSample(s.tokens[:most], s.mask[:most]) for s in whole], note
 
 
 def mean_loss_of(logits: list[Tensor], samples: Sequence[TokenSample]) -> float:
@@ -373,7 +386,7 @@ def export_packed(
     if layout not in PACKINGS[format]:
         raise ModelError(f"there is no kind {kind!r} of {format}: give {' or '.join(PACKINGS[format])}")
     four = format != "fp8"
-    samples = calibration_samples(rows or tuned.rows, tuned.tokenizer) if four else []
+    samples, note = calibration_samples(rows or tuned.rows, tuned.tokenizer) if four else ([], "")
     kept = [s for i, s in enumerate(samples) if i % 5]
     docs = [s.tokens.tolist() for s in kept]
     unseen = write_packed(folder, tuned, layout, format, docs, act_order)
@@ -382,26 +395,26 @@ def export_packed(
     if format == "awq": live = iter(())  # its matrices are scaled, so only what they do is compared
     try:
         found = certify_export(tuned, format, reader, bits, live=live)
-        if four: found.notes.append(held_out_note(tuned, reader, samples[::5], format))
+        if four: found.notes += [note, held_out_note(tuned, reader, samples[::5], format)]
     finally: reader.close()
     if unseen: found.notes.append(f"{unseen} matrices of experts saw no row, and are rounded to the nearest")
     certified_chats(folder, tuned, found)
     return found
 
-
+# %% ../../nbs/export/57_exports.ipynb #held-out
 def held_out_note(tuned: Tuned, reader: Reader, held: Sequence[TokenSample], format: str) -> str:
     "The loss on rows that nothing was calibrated with, of three models."
-    docs, size, last = [s.tokens.tolist() for s in held], group_size(tuned.args), {}
+    docs, size = [s.tokens.tolist() for s in held], group_size(tuned.args)
+
+    @lru_cache(maxsize=1)
+    def layer(i: str) -> dict[str, Tensor]: return layer_weights(tuned.model.layers[int(i)])
 
     def nearest(name: str) -> Tensor:
-        _, layer, rest = name.split(".", 2) if name.startswith("layers.") else ("", "", name)
-        if not layer: return base_weight(tuned, name) if name not in whole else whole[name]
-        if last.get("at") != layer:
-            last.update(at=layer, weights=layer_weights(tuned.model.layers[int(layer)]))
-        w = last["weights"][rest]
+        if not name.startswith("layers."): return tuned.model.get_parameter(name).detach().float().cpu()
+        _, i, rest = name.split(".", 2)
+        w = layer(i)[rest]
         return round_nearest(w, size).dequantize() if rest.split(".")[-2] in MATRICES else w
 
-    whole = whole_state(tuned.model)
     plain, rounded = (read_logits(read, tuned.args, docs) for read in (nearest, reader))
     first, second, third = (mean_loss_of(x, held) for x in (live_logits(tuned.model, docs), plain, rounded))
     said = f"{first:.4f} in 16 bits, {second:.4f} rounded to the nearest, {third:.4f} by {format}"

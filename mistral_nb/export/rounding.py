@@ -7,7 +7,7 @@ __all__ = ['LEVELS', 'ZERO', 'MATRICES', 'AWQ_ORDER', 'WRITERS', 'Rounded', 'sca
            'inverse_factor', 'gptq', 'output_error', 'awq_scale', 'Watched', 'layer_weights', 'watched_block',
            'Calibration', 'rounded_layers', 'fold_scales', 'pack_eight', 'gptq_tensors', 'awq_tensors',
            'packed_tensors', 'fp8_tensors', 'eight_of', 'read_gptq', 'read_awq', 'read_packed', 'group_size',
-           'compressed_config', 'packing_config', 'packed_layer', 'write_packed', 'PackedReader']
+           'compressed_config', 'packing_config', 'packed_bytes', 'packed_layer', 'write_packed', 'PackedReader']
 
 # %% ../../nbs/export/56_rounding.ipynb #imports
 import json
@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..core.files import write_atomic
+from ..core.hub import check_room
 from .certificate import block_from
 from .hf import hf_config, hf_module, is_turned, permute, write_hf_files
 from .tensors import write_tensors
@@ -70,33 +71,36 @@ def round_nearest(w: Tensor, size: int) -> Rounded:
 
 # %% ../../nbs/export/56_rounding.ipynb #gptq
 def inverse_factor(h: Tensor, damp: float) -> Tensor:
-    "The upper Cholesky factor of the inverse of a damped Hessian."
-    h = h + damp * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    "The upper Cholesky factor of the inverse of a Hessian, damped until it has one."
+    mean, one = h.diagonal().mean(), torch.eye(len(h), dtype=h.dtype)
+    for more in (damp, *(max(damp, 1e-6) * 10**i for i in range(1, 7))):
+        lower, failed = torch.linalg.cholesky_ex(h + more * mean * one)
+        if not failed: return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    raise ModelError("the inputs of a matrix have no Hessian: is a weight not finite?")
 
 
 def gptq(w: Tensor, h: Tensor, size: int, damp: float = 0.01, act_order: bool = False) -> Rounded:
     "Rounded for inputs with the Hessian `h` (in, in); with `act_order` those that matter most come first."
     w, h = w.float().clone(), h.double().clone()
-    dead = h.diagonal() == 0
-    h[dead, dead] = 1.0
-    w[:, dead] = 0.0
+    idle = h.diagonal() == 0
+    h[idle, idle] = h.diagonal().mean().clamp(min=1e-12)  # inputs that were always zero: the nearest code
     order = h.diagonal().argsort(descending=True) if act_order else torch.arange(len(h))
+    group = torch.arange(len(h)) // size  # neighbours share a scale, in whatever order they are rounded
+    scale = round_nearest(w, size).scale
     w, u = w[:, order], inverse_factor(h[order][:, order], damp).float()
-    codes, scales = torch.zeros_like(w), []
+    codes = torch.zeros_like(w)
     for begin in range(0, w.shape[1], size):
         end = min(begin + size, w.shape[1])
-        scales.append(scale_of(w[:, begin:end]))
+        if not act_order: scale[:, begin // size] = scale_of(w[:, begin:end])  # of what they have become
         errors = torch.zeros(len(w), end - begin)
         for i in range(begin, end):
-            codes[:, i] = nearest_codes(w[:, i], scales[-1])
-            error = (w[:, i] - (codes[:, i] - ZERO) * scales[-1]) / u[i, i]
+            step = scale[:, group[order[i]]]
+            codes[:, i] = nearest_codes(w[:, i], step)
+            error = (w[:, i] - (codes[:, i] - ZERO) * step) / u[i, i]
             w[:, i:end] -= error[:, None] * u[i, i:end]
             errors[:, i - begin] = error
         w[:, end:] -= errors @ u[begin:end, end:]
-    back = order.argsort()
-    group = (torch.arange(len(h)) // size)[back]
-    return Rounded(codes[:, back].to(torch.uint8), torch.stack(scales, 1), group)
+    return Rounded(codes[:, order.argsort()].to(torch.uint8), scale, group)
 
 
 def output_error(w: Tensor, rounded: Rounded, h: Tensor) -> float:
@@ -258,12 +262,10 @@ def awq_tensors(stem: str, r: Rounded) -> dict[str, Tensor]:
 # %% ../../nbs/export/56_rounding.ipynb #compressed
 def packed_tensors(stem: str, r: Rounded) -> dict[str, Tensor]:
     "A matrix in compressed-tensors' layout of four bits."
-    out = {
+    return {
         f"{stem}.weight_packed": pack_eight(r.codes, 1), f"{stem}.weight_scale": r.scale.half(),
         f"{stem}.weight_shape": torch.tensor(r.codes.shape),
     }
-    in_order = r.group.equal(r.group.sort().values)
-    return out if in_order else out | {f"{stem}.weight_g_idx": r.group.int()}
 
 
 def fp8_tensors(stem: str, w: Tensor) -> dict[str, Tensor]:
@@ -302,8 +304,7 @@ def read_packed(tensors: dict[str, Tensor]) -> Tensor:
     scale = tensors["weight_scale"].float()
     if "weight" in tensors: return tensors["weight"].float() * scale
     codes = eight_of(tensors["weight_packed"], 1)[:, : int(tensors["weight_shape"][1])]
-    in_order = torch.arange(codes.shape[1]) // -(-codes.shape[1] // scale.shape[1])
-    group = tensors.get("weight_g_idx", in_order).long()
+    group = torch.arange(codes.shape[1]) // -(-codes.shape[1] // scale.shape[1])
     return (codes - 8).float() * scale[:, group]
 
 # %% ../../nbs/export/56_rounding.ipynb #configs
@@ -324,24 +325,29 @@ def compressed_config(weights: dict, inputs: dict | None, form: str, ignore: lis
     }
 
 
-def packing_config(layout: str, size: int, act_order: bool, args: ModelArgs) -> dict[str, Any]:
+def packing_config(layout: str, size: int, args: ModelArgs) -> dict[str, Any]:
     "The block `quantization_config` of a layout: gptq, awq, w4a16 or fp8."
     gates = [f"model.layers.{i}.block_sparse_moe.gate" for i in range(args.n_layers)] if args.moe else []
     plain = {"symmetric": True, "dynamic": False}
     if layout == "gptq":
-        return {"quant_method": "gptq", "bits": 4, "group_size": size, "desc_act": act_order, "sym": True,
+        return {"quant_method": "gptq", "bits": 4, "group_size": size, "desc_act": False, "sym": True,
                 "checkpoint_format": "gptq", "damp_percent": 0.01, "lm_head": False}
     if layout == "awq":
         return {"quant_method": "awq", "bits": 4, "group_size": size, "zero_point": True, "version": "gemm",
                 "modules_to_not_convert": gates or None}
     if layout == "w4a16":
-        order = {"actorder": "group"} if act_order else {}
-        four = plain | {"num_bits": 4, "type": "int", "strategy": "group", "group_size": size} | order
+        four = plain | {"num_bits": 4, "type": "int", "strategy": "group", "group_size": size}
         return compressed_config(four, None, "pack-quantized", ["lm_head", *gates])
     eight = {"num_bits": 8, "type": "float"}
     each = eight | {"symmetric": True, "dynamic": True, "strategy": "token"}
     rows = eight | plain | {"strategy": "channel"}
     return compressed_config(rows, each, "float-quantized", ["lm_head", *gates])
+
+# %% ../../nbs/export/56_rounding.ipynb #room
+def packed_bytes(tuned: Tuned, bits: int) -> int:
+    "About the bytes of a folder whose matrices have so many bits, scales among them."
+    per = {n: 16 if n.rpartition(".")[0].rpartition(".")[2] not in MATRICES else bits for n in tuned.shapes()}
+    return sum(torch.Size(s).numel() * per[n] // 8 for n, s in tuned.shapes().items())
 
 # %% ../../nbs/export/56_rounding.ipynb #write
 WRITERS = {"gptq": gptq_tensors, "awq": awq_tensors, "w4a16": packed_tensors}
@@ -363,7 +369,7 @@ def packed_layer(
         else: out |= WRITERS[layout](stem, found[name].rows(rows))
     return out
 
-
+# %% ../../nbs/export/56_rounding.ipynb #write-folder
 def write_packed(
     folder: Path, tuned: Tuned, layout: str, method: str, docs: Sequence[Sequence[int]],
     act_order: bool = False,
@@ -372,8 +378,9 @@ def write_packed(
     args, size = tuned.args, 1 if layout == "fp8" else group_size(tuned.args)
     stored = torch.float16 if layout != "fp8" else torch.bfloat16  # what the kernels of these layouts take
     config = hf_config(args, tuned.tokenizer, stored, tuned.context)
-    config["quantization_config"] = packing_config(layout, size, act_order, args)
+    config["quantization_config"] = packing_config(layout, size, args)
     where, parts, unseen = {}, args.n_layers + 1, 0
+    check_room(folder, packed_bytes(tuned, 8 if layout == "fp8" else 5))
 
     def save(n: int, tensors: dict[str, Tensor]) -> None:
         file = f"model-{n:05}-of-{parts:05}.safetensors"
