@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['format_duration', 'peak_memory_gib', 'EvalLog', 'StepLog', 'Sink', 'to_json_values', 'read_records', 'parse_records',
-           'JsonLines', 'open_lines', 'in_notebook', 'progress_note', 'show_progress', 'History', 'list_runs',
-           'run_row']
+           'JsonLines', 'open_lines', 'in_notebook', 'progress_note', 'show_progress', 'History', 'plot_losses',
+           'list_runs', 'run_row']
 
 # %% ../../nbs/train/66_metrics.ipynb #imports
 import json
@@ -192,15 +192,19 @@ class History:
 
     def plot(self) -> Picture:
         "The loss over the steps"
-        from matplotlib.figure import Figure
-        figure = Figure(figsize=(6, 2.8), layout="constrained")
-        axes = figure.subplots()
-        axes.plot([r.step for r in self.records], [r.loss for r in self.records], label="train")
-        if self.evals:
-            axes.plot([e.step for e in self.evals], [e.loss for e in self.evals], "o-", label="eval")
-        axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
-        axes.legend()
-        return Picture(figure)
+        return plot_losses([(r.step, r.loss) for r in self.records], [(e.step, e.loss) for e in self.evals])
+
+
+def plot_losses(train: list[tuple[int, float]], evals: list[tuple[int, float]]) -> Picture:
+    "Steps and losses as curves."
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6, 2.8), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*train), label="train")
+    if evals: axes.plot(*zip(*evals), "o-", label="eval")
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    axes.legend()
+    return Picture(figure)
 
 # %% ../../nbs/train/66_metrics.ipynb #runs
 def list_runs(folder: str | Path = ".") -> Table:

@@ -9,6 +9,7 @@ __all__ = ['PRIVATE', 'LIBRARIES', 'shown_settings', 'data_files', 'losses', 'fr
 # %% ../../nbs/train/78_share.ipynb #imports
 import json
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,20 @@ from ..core.display import one_line, Table
 from ..core.files import write_atomic
 from ..core.hub import hub_errors, HubError, released
 from ..core.paths import parse_sources
+from ..core.settings import load_args, non_defaults
 from ..export.exports import export_model
 from ..export.tuned import run_settings
-from .metrics import read_records
+from .metrics import plot_losses, read_records
 
 # %% ../../nbs/train/78_share.ipynb #facts
 PRIVATE = ("run_dir", "model_id_or_path", "data", "wandb", "mlflow", "tensorboard", "device", "resume")
 
 
-def shown_settings(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    "Name and value of the settings that say how something was trained."
-    out = []
-    for key, value in settings.items():
-        if not prefix and key in PRIVATE or key == "adapter": continue
-        if isinstance(value, dict): out += shown_settings(value, f"{prefix}{key}.")
-        else: out.append((f"{prefix}{key}", one_line(value, 80)))
-    return out
+def shown_settings(run: Path) -> list[tuple[str, str]]:
+    "Name and value of the settings that say how something was trained, where they are no default."
+    found = non_defaults(load_args(run / "args.yaml"))
+    kept = [(k, v) for k, v, _ in found if k.split(".")[0] not in PRIVATE and k != "lora.adapter"]
+    return [(name, one_line(value, 80)) for name, value in kept]
 
 
 def data_files(settings: dict[str, Any]) -> list[tuple[str, str]]:
@@ -46,7 +45,7 @@ def losses(run: Path) -> list[tuple[int, float, float | None]]:
     steps, evals = run / "metrics.train.jsonl", run / "metrics.eval.jsonl"
     of_eval = {r["step"]: r["loss"] for r in read_records(evals)} if evals.exists() else {}
     found = read_records(steps) if steps.exists() else ()
-    return [(r["step"], r["loss"], of_eval.get(r["step"])) for r in found]
+    return [(r["step"], nan if r["loss"] is None else r["loss"], of_eval.get(r["step"])) for r in found]
 
 # %% ../../nbs/train/78_share.ipynb #card
 LIBRARIES = {"peft": "peft", "hf": "transformers", "gguf": "gguf"}
@@ -64,7 +63,7 @@ def rows_text(rows: list[tuple], empty: str = "not known") -> str:
     "Rows as a list in Markdown."
     return "\n".join(f"- {': '.join(str(v) for v in row if v != '')}" for row in rows) or empty
 
-
+# %% ../../nbs/train/78_share.ipynb #model-card
 def base_name(base: str) -> str:
     "The name of a base model on the Hub, or that of its folder."
     model = released(base)
@@ -91,7 +90,7 @@ def model_card(export: Path, run: Path | None, repo: str, base: str = "", licenc
         .partition("## ")[0].strip().replace(str(export), repo.partition("/")[2])
         .replace(base_of(export, settings) or str(export), name),
         "Trained on": rows_text(data_files(settings)),
-        "Settings": rows_text(shown_settings(settings)),
+        "Settings that are no default": rows_text(shown_settings(run) if run else []),
         "Loss": ("![loss](loss.png)\n\n" if records else "") + rows_text([(line,) for line in last]),
         "Certificate": "Compared with the model in memory after it was written.\n\n" + rows_text(measured),
     }
@@ -103,17 +102,11 @@ def model_card(export: Path, run: Path | None, repo: str, base: str = "", licenc
 # %% ../../nbs/train/78_share.ipynb #curve
 def draw_losses(run: Path, file: Path) -> None:
     "The curves of a run as a picture, if it has any."
-    from matplotlib.figure import Figure
     records = losses(run)
     if not records: return
-    figure = Figure(figsize=(6, 2.8), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([s for s, _, _ in records], [a for _, a, _ in records], label="train")
     evals = [(s, e) for s, _, e in records if e is not None]
-    if evals: axes.plot(*zip(*evals), "o-", label="evaluation")
-    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
-    axes.legend()
-    figure.savefig(file, dpi=120, metadata={"Software": None})
+    picture = plot_losses([(s, a) for s, a, _ in records], evals)
+    picture.figure.savefig(file, dpi=120, metadata={"Software": None})
 
 # %% ../../nbs/train/78_share.ipynb #pushed
 @dataclass
