@@ -254,7 +254,8 @@ def scaling_of(file: Path, asked: float | None = None) -> float:
     said = lora.get("scaling") if isinstance(lora, dict) else None
     if said is None:
         problem = f"{file} does not say its scaling"
-        warnings.warn(f"{problem}: {FILE_SCALING} is assumed; give scaling=… if it is another", stacklevel=3)
+        other = 'a params.json beside it with {"lora": {"scaling": …}} says another'
+        warnings.warn(f"{problem}: {FILE_SCALING} is assumed; {other}", stacklevel=3)
     return float(said or FILE_SCALING)
 
 

@@ -30,14 +30,15 @@ def sort_by_expert(chosen: Tensor, experts: int) -> tuple[ExpertOrder, Tensor]:
     ends = flat.bincount(minlength=experts).cumsum(0, dtype=torch.int32)
     return ExpertOrder(order // chosen.shape[1], ends), order
 
-# %% ../../nbs/model/41_moe.ipynb #loop
-AdapterPairs = Sequence[Tensor | None]  # A and B of each expert, one after the other
-
 
 def stretches(ends: Tensor) -> list[slice]:
     "The rows of each expert."
     borders = [0, *ends.tolist()]
     return [slice(a, b) for a, b in zip(borders, borders[1:])]
+
+# %% ../../nbs/model/41_moe.ipynb #loop
+AdapterPairs = Sequence[Tensor | None]  # A and B of each expert, one after the other
+
 
 
 class LoopedExperts:
