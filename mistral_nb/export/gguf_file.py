@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.display import tracked
 from ..core.files import atomic_path
 from ..data.tokens import Tokenizer
-from .hf_tokenizer import byte_letters, byte_tokens, is_sentencepiece
-from .hf_tokenizer import own_words, spelled_merges
+from .hf_tokenizer import byte_letters, byte_tokens, is_sentencepiece, own_words
+from .hf_tokenizer import spelled_merges
 from ..model.args import ModelArgs, ModelError, yarn_scale
 
 # %% ../../nbs/export/55_gguf_file.ipynb #scales
@@ -400,7 +401,7 @@ def write_gguf(
         add_vocabulary(writer, tokenizer, template, args.vocab_size)
         for tensor, dims in announced.items(): announce(writer, tensor, dims, kinds[tensor])
         _write_head(writer, part)
-        for tensor, t in stacked(tensors, args):
+        for tensor, t in tracked(stacked(tensors, args), "writing", len(announced)):
             writer.write_tensor_data(quantize_rows(t if t.dim() > 1 else t[None], kinds[tensor]))
         writer.close()
         return part.stat().st_size

@@ -19,6 +19,7 @@ from typing import Any, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from ..core.display import tracked
 from ..core.files import write_atomic
 from ..core.hub import check_room
 from ..data.tokens import Tokenizer
@@ -165,6 +166,7 @@ def write_shards(
 ) -> int:
     "Write safetensors files, and their index if there are several; returns their bytes."
     shards, total, where = shard_names(sizes, limit), 0, {}
+    tensors = tracked(tensors, "writing", len(sizes))
     for i, names in enumerate(shards, 1):
         file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i:05}-of-{len(shards):05}.safetensors"
         total += write_tensors(folder / file, islice(tensors, len(names)), names)

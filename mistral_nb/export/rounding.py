@@ -19,16 +19,17 @@ from typing import Any, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn, Tensor
 
+from ..core.display import tracked
 from ..core.files import write_atomic
 from ..core.hub import check_room
 from .certificate import block_from
 from .hf import hf_config, hf_module, is_turned, permute, write_hf_files
 from .tensors import write_tensors
 from .tuned import Tuned
-from ..model.attention import block_positions, BlockIndex, make_rotation, packed_attention
 from ..model.args import ModelArgs, ModelError
+from ..model.attention import block_positions, BlockIndex, make_rotation, packed_attention
 from ..model.layouts import mistral_name, unpermute
 from ..model.lora import own_weights
 
@@ -391,7 +392,7 @@ def write_packed(
     save(1, {f"{hf_module(n.removesuffix('.weight'))}.weight": t for n, t in outside})
     layers = rounded_layers(tuned, docs, method, size, act_order) if layout != "fp8" else (
         (layer_weights(block), {}) for block in tuned.model.layers)
-    for i, (weights, found) in enumerate(layers):
+    for i, (weights, found) in enumerate(tracked(layers, "rounding layers", args.n_layers)):
         save(i + 2, packed_layer(i, weights, found, layout, args, stored))
         unseen += sum(r.plain for r in found.values())
     index = {"metadata": {}, "weight_map": where}

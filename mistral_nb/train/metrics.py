@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['format_duration', 'peak_memory_gib', 'EvalLog', 'StepLog', 'Sink', 'to_json_values', 'read_records', 'parse_records',
-           'JsonLines', 'open_lines', 'in_notebook', 'progress_note', 'show_progress', 'History', 'plot_losses',
-           'list_runs', 'run_row']
+           'JsonLines', 'open_lines', 'progress_note', 'show_progress', 'History', 'plot_losses', 'list_runs',
+           'run_row']
 
 # %% ../../nbs/train/66_metrics.ipynb #imports
 import json
@@ -21,7 +21,7 @@ from typing import Any, Iterable, Iterator, Protocol
 import torch
 from tqdm import tqdm
 
-from ..core.display import Picture, Table, short_path
+from ..core.display import in_notebook, Picture, short_path, Table
 from ..core.files import write_atomic
 from .run_dir import checkpoints
 
@@ -133,12 +133,6 @@ def open_lines(run_dir: str | Path, name: str, step: int) -> Any:
     return open(path, "a", encoding="utf-8", buffering=1)
 
 # %% ../../nbs/train/66_metrics.ipynb #progress
-def in_notebook() -> bool:
-    "Whether a Jupyter kernel runs this."
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return getattr(shell, "kernel", None) is not None
-
-
 def progress_note(r: StepLog) -> str:
     "What stands behind the bar."
     held_out = f", eval loss {r.eval.loss:.4f}" if r.eval else ""
