@@ -100,8 +100,8 @@ def test_whole_weights_beside_an_adapter(kind, tmp_path):
         export_tuned(tuned, "gguf", tmp_path / "lora", "lora")
     made = export_tuned(tuned, "hf", tmp_path / "hf", "f32")
     same(their_logits(load_theirs(made.folder)), live_logits(tuned.model, DOCS))
-    saved = json.loads((export_tuned(tuned, "peft", tmp_path / "p").folder / "adapter_config.json").read_text())
-    assert saved["modules_to_save"]
+    adapter = export_tuned(tuned, "peft", tmp_path / "peft").folder
+    assert json.loads((adapter / "adapter_config.json").read_text())["modules_to_save"]
 
 
 def test_scaling_ignored(tmp_path):

@@ -54,7 +54,7 @@ def write_atomic(path: str | Path, parts: str | bytes | Iterable[str | bytes]) -
             out.write(text.encode() if isinstance(text, str) else text)
     return n
 
-# %% ../../nbs/core/02_files.ipynb #folder
+# %% ../../nbs/core/02_files.ipynb #killed
 _NODE = f"{zlib.crc32(platform.node().encode()):08x}"
 
 
@@ -77,7 +77,7 @@ def is_running(pid: int) -> bool:
     except PermissionError: return True
     return True
 
-
+# %% ../../nbs/core/02_files.ipynb #folder
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     "A new folder beside `path`, which is `path` after this block, and gone if the block fails."

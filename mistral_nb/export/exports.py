@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['OWN_FORMAT', 'PROGRAM_PARAMS', 'TYPED_MARKS', 'DTYPES', 'Write', 'GGUF_LIMITS', 'CALIBRATION_ROWS',
-           'CALIBRATION_TOKENS', 'PACKINGS', 'FORMATS', 'FolderReader', 'AdapterReader', 'base_weight', 'serving_lines',
-           'gguf_lines', 'program_logits', 'cut_at_marks', 'certified_chats', 'certified_by_program', 'dtype_of_kind',
-           'export_mistral', 'export_hf', 'export_peft', 'certified_vocabulary', 'gguf_bits', 'gguf_stem', 'modelfile',
-           'export_gguf', 'export_lora_gguf', 'calibration_rows', 'calibration_samples', 'mean_loss_of',
-           'export_packed', 'held_out_note', 'Exported', 'card_of', 'export_tuned', 'export_model']
+           'CALIBRATION_TOKENS', 'PACKINGS', 'FORMATS', 'FolderReader', 'AdapterReader', 'base_weight', 'mlx_line',
+           'gguf_lines', 'serving_lines', 'program_logits', 'cut_at_marks', 'certified_chats', 'certified_by_program',
+           'dtype_of_kind', 'export_mistral', 'export_hf', 'export_peft', 'certified_vocabulary', 'gguf_bits',
+           'gguf_stem', 'modelfile', 'export_gguf', 'export_lora_gguf', 'calibration_rows', 'calibration_samples',
+           'mean_loss_of', 'export_packed', 'held_out_note', 'Exported', 'card_of', 'export_tuned', 'export_model']
 
 # %% ../../nbs/export/57_exports.ipynb #imports
 import difflib
@@ -113,6 +113,22 @@ def base_weight(tuned: Tuned, name: str) -> Tensor:
     there = model.get_submodule(module)
     return (there.dequantize() if hasattr(there, "dequantize") else there.weight.detach()).float().cpu()
 
+# %% ../../nbs/export/57_exports.ipynb #lines-apart
+def mlx_line(folder: str, args: ModelArgs) -> str:
+    "The line for MLX; empty for a shape that it computes otherwise."
+    if isinstance(args.sliding_window, tuple) or args.yarn and not args.llama_4_scaling: return ""
+    line = f"mlx_lm.chat --model {folder}"
+    if not args.sliding_window: return line
+    return f"{line}  # right up to {args.sliding_window:,} tokens: MLX has no windows"
+
+
+def gguf_lines(out: Path, file: str) -> list[tuple[str, str]]:
+    "The lines that serve a file of GGUF, or an adapter in one."
+    path = shlex.quote(str(out / file))
+    if file.endswith("-lora.gguf"): return [("llama.cpp", f"llama-server -m BASE.gguf --lora {path} --jinja")]
+    made = shlex.quote(str(out / "Modelfile"))
+    return [("llama.cpp", f"llama-server -m {path} --jinja"), ("Ollama", f"ollama create tuned -f {made}")]
+
 # %% ../../nbs/export/57_exports.ipynb #lines
 OWN_FORMAT = "--tokenizer-mode mistral --config-format mistral --load-format mistral"
 
@@ -127,6 +143,7 @@ def serving_lines(
     older = not (tuned.args.tied_embeddings or tuned.args.yarn or tuned.args.llama_4_scaling)
     load = "from transformers import AutoModelForCausalLM as M; model = M.from_pretrained"
     if format == "gguf": return gguf_lines(out, next((f for f in files if f.endswith(".gguf")), ""))
+    mlx = mlx_line(here, tuned.args)
     return {
         "peft": [
             ("vLLM", f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules t={here}"),
@@ -134,21 +151,13 @@ def serving_lines(
         ],
         "hf": [
             ("vLLM", f"vllm serve {here}"), ("transformers", f"{load}({str(out)!r})"),
-            ("MLX", f"mlx_lm.chat --model {here}"),
+            *([("MLX", mlx)] if mlx else []),
         ],
         "mistral": [
             ("vLLM", f"vllm serve {here} {OWN_FORMAT}"),
             *([("mistral-inference", f"mistral-chat {here} --instruct")] if older else []),
         ],
     }.get(format, [("vLLM", f"vllm serve {here}")])
-
-
-def gguf_lines(out: Path, file: str) -> list[tuple[str, str]]:
-    "The lines that serve a file of GGUF, or an adapter in one."
-    path = shlex.quote(str(out / file))
-    if file.endswith("-lora.gguf"): return [("llama.cpp", f"llama-server -m BASE.gguf --lora {path} --jinja")]
-    made = shlex.quote(str(out / "Modelfile"))
-    return [("llama.cpp", f"llama-server -m {path} --jinja"), ("Ollama", f"ollama create tuned -f {made}")]
 
 # %% ../../nbs/export/57_exports.ipynb #programs
 PROGRAM_PARAMS = 1_000_000_000  # a larger model is only read by this package
