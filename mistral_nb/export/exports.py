@@ -154,7 +154,7 @@ def serving_lines(
             *([("MLX", mlx)] if mlx else []),
         ],
         "mistral": [
-            ("vLLM", f"vllm serve {here} {OWN_FORMAT}"),
+            *([] if tuned.args.moe else [("vLLM", f"vllm serve {here} {OWN_FORMAT}")]),
             *([("mistral-inference", f"mistral-chat {here} --instruct")] if older else []),
         ],
     }.get(format, [("vLLM", f"vllm serve {here}")])

@@ -116,6 +116,9 @@ def layer_settings(args: ModelArgs) -> dict[str, Any]:
             raise ModelError(f"config.json has one window, and layers here have {sizes}: export to 'mistral'")
         out["sliding_window"] = sizes.pop()
         out["layer_types"] = ["sliding_attention" if w else "full_attention" for w in windows]
+    if own := args.llama_4_scaling:  # vLLM reads it here, transformers in rope_parameters
+        length = own.original_max_position_embeddings
+        out["llama_4_scaling"] = {"original_max_position_embeddings": length, "beta": own.beta}
     if args.moe:
         out["num_local_experts"] = args.moe.num_experts
         out["num_experts_per_tok"] = args.moe.num_experts_per_tok
