@@ -2,7 +2,6 @@
 import os
 import subprocess
 import sys
-from types import ModuleType
 
 import pytest
 
@@ -16,67 +15,15 @@ from mistral_nb.export.hf import write_hf, write_mistral
 from mistral_nb.export.tuned import Tuned
 from mistral_nb.model.weights import init_model
 from mistral_nb.train.checkpoint import consolidated_files, write_files
+from inference_cpu import mistral_inference_on_cpu
 from test_export import SHAPES, tuned_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Mask:
-    "Which keys a query sees, for sequences behind each other, as the masks of xformers say it"
-    window, causal, bottom_right = None, False, False
-
-    @classmethod
-    def from_seqlens(cls, q_seqlen, kv_seqlen=None, kv_padding=None):
-        self = cls()
-        self.queries, self.padding = list(q_seqlen), kv_padding
-        self.keys = self.queries if kv_seqlen is None else [int(n) for n in kv_seqlen]
-        return self
-
-    def make_local_attention(self, window):
-        self.window = window
-        return self
-
-    def make_local_attention_from_bottomright(self, window):
-        self.causal = self.bottom_right = True
-        return self.make_local_attention(window)
-
-    def dense(self) -> torch.Tensor:
-        "True where a query (row) sees a key (column)"
-        blocks = []
-        for q, k in zip(self.queries, self.keys):
-            row, column = torch.arange(q)[:, None], torch.arange(self.padding or k)[None]
-            if self.bottom_right: row = row + k - q
-            seen = (column <= row) & (column < k) if self.causal else (column < k).expand(q, -1)
-            blocks.append(seen & (row - column < self.window) if self.window else seen)
-        return torch.block_diag(*blocks)
-
-
-class CausalMask(Mask): causal = True
-
-
-class PaddedMask(Mask): causal = bottom_right = True
-
-
-def attention(q, k, v, bias):
-    "Attention by PyTorch; what a fresh cache holds by chance, no number maybe, is not even multiplied with 0"
-    seen = bias.dense()
-    used = seen.any(0)[:, None, None]
-    q, k, v = (t.transpose(1, 2) for t in (q, torch.where(used, k, 0), torch.where(used, v, 0)))
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2)
-
-
 @pytest.fixture
-def mistral_inference(monkeypatch):
-    "The package itself, over a stand-in for xformers"
-    made = {name: ModuleType(name) for name in ("xformers", "xformers.ops", "xformers.ops.fmha")}
-    masks = made["xformers.ops.fmha.attn_bias"] = ModuleType("xformers.ops.fmha.attn_bias")
-    masks.AttentionBias = masks.BlockDiagonalMask = Mask
-    masks.BlockDiagonalCausalMask = CausalMask
-    masks.BlockDiagonalCausalWithOffsetPaddedKeysMask = PaddedMask
-    made["xformers.ops.fmha"].memory_efficient_attention = attention
-    for name, module in made.items(): monkeypatch.setitem(sys.modules, name, module)
-    yield pytest.importorskip("mistral_inference")
-    for name in [n for n in sys.modules if n.split(".")[0] == "mistral_inference"]: del sys.modules[name]
+def mistral_inference():
+    with mistral_inference_on_cpu() as package: yield package
 
 
 def same_answers(theirs, tuned: Tuned) -> None:
