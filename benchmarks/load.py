@@ -15,7 +15,7 @@ SHAPE = dict(
     dim=4096, n_layers=32, head_dim=128, hidden_dim=14336, n_heads=32, n_kv_heads=8, norm_eps=1e-5,
     vocab_size=32768, rope_theta=1e6,
 )
-TINY = dict(dim=128, head_dim=32, hidden_dim=256, n_heads=4, n_kv_heads=2, vocab_size=1000)
+TINY = dict(dim=128, head_dim=32, hidden_dim=256, n_heads=4, n_kv_heads=2)
 
 
 def make(folder: Path, layers: int, tiny: bool) -> int:
