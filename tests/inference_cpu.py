@@ -1,4 +1,4 @@
-"""mistral-inference on a CPU: the program itself, over a stand-in for the four parts of xformers that it uses."""
+"""mistral-inference on a CPU: the program itself, over a stand-in for what it uses of xformers."""
 import sys
 from contextlib import contextmanager
 from types import ModuleType

@@ -7,7 +7,7 @@ __all__ = ['Windows', 'YARN_KEYS', 'SCALING_KEYS', 'MISTRAL_NAMES', 'MISTRAL_BLO
            'HF_DEFAULTS', 'HF_BLOCKS', 'YarnArgs', 'QueryScaling', 'MoeArgs', 'ModelArgs', 'read_windows',
            'windows_by_layer', 'yarn_scale', 'read_block', 'mistral_yarn', 'mistral_scaling', 'hf_yarn', 'hf_rope',
            'read_shape', 'mistral_window', 'mistral_experts', 'from_params', 'is_mistral_fp8', 'to_params',
-           'yarn_params', 'is_readable', 'hf_windows', 'check_scaling', 'hf_positions', 'text_config', 'text_shape',
+           'yarn_params', 'is_readable', 'hf_windows', 'hf_positions', 'check_scaling', 'text_config', 'text_shape',
            'from_hf', 'read_head', 'hf_tensor_names', 'shape_file', 'read_shape_json', 'load_model_args',
            'declared_storage', 'linear_shapes', 'n_params', 'n_lora', 'flops_per_token']
 
@@ -261,7 +261,7 @@ def to_params(args: ModelArgs) -> dict:
     "The mapping of a `params.json` with this shape; `ModelError` for a scale that such a file cannot say."
     out = {k: v for k, v in asdict(args).items() if k not in ("extra", "vision") and v not in (None, False)}
     if args.yarn: out["yarn"] = yarn_params(args.yarn)
-    if isinstance(args.sliding_window, tuple): out["_sliding_window"] = list(out.pop("sliding_window"))
+    if isinstance(args.sliding_window, tuple): out["sliding_window"] = list(args.sliding_window)
     return out | args.extra
 
 
@@ -300,18 +300,20 @@ def hf_windows(kinds: Any, window: Windows, layered: bool, n_layers: int, file: 
     return windows_by_layer(tuple(window if s else None for s in slides), n_layers)
 
 
+def hf_positions(config: dict, file: str) -> dict[str, Any]:
+    "What the block of positions says in which transformers looks first."
+    found = {k: hf_rope(config.get(k) or None, config, file, k) for k in ("rope_scaling", "rope_parameters")}
+    out = found["rope_scaling" if config.get("rope_scaling") else "rope_parameters"]
+    if config.get("model_type") == "ministral3": check_scaling(config, out.get("llama_4_scaling"), file)
+    return out
+
+# %% ../../nbs/model/36_args.ipynb #scaling
 def check_scaling(config: dict, found: QueryScaling | None, file: str) -> None:
     "`ModelError` if the block that vLLM reads says another scaling than the one of positions."
     said = mistral_scaling(config, file).get("llama_4_scaling", found)
     if said == found: return
     problem = f"{file}: llama_4_scaling is {keys.in_words(config['llama_4_scaling'])}"
     raise ModelError(f"{problem}, and rope_parameters says {found or 'no scaling'}: keep the right one")
-
-
-def hf_positions(config: dict, file: str) -> dict[str, Any]:
-    "What the block of positions says in which transformers looks first."
-    found = {k: hf_rope(config.get(k) or None, config, file, k) for k in ("rope_scaling", "rope_parameters")}
-    return found["rope_scaling" if config.get("rope_scaling") else "rope_parameters"]
 
 # %% ../../nbs/model/36_args.ipynb #text-config
 VISION_TYPES = ("mistral3", "llava")
@@ -367,13 +369,10 @@ def text_shape(config: dict, name: str) -> ModelArgs:
         config = config | {"rope_parameters": _MINISTRAL_3}
     theta = values.get("rope_theta") or default["rope_theta"]
     values |= {"rope_theta": theta} | hf_positions(config, name)
-    blocks, scales = HF_BLOCKS, kind == "ministral3"
-    if scales:
-        blocks |= {"llama_4_scaling"}
-        check_scaling(config, values.get("llama_4_scaling"), name)
     layered = kind in ("mistral", "ministral")
     layers = config.get("layer_types")
     values["sliding_window"] = hf_windows(layers, window, layered, values["n_layers"], name)
+    blocks = HF_BLOCKS | {"llama_4_scaling"} if kind == "ministral3" else HF_BLOCKS
     keys.refuse_unknown(config, frozenset(names.values()) | blocks | keys.HARMLESS_HF, name)
     return read_shape(values, keys.HF_NAMES, name)
 
