@@ -8,6 +8,7 @@ import pytest
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 import torch
+from safetensors.torch import load_file
 
 from mistral_nb.data.tokens import load_tokenizer
 from mistral_nb.export.certificate import chat_ids, CHATS, greedy_ids, live_logits, read_logits
@@ -20,6 +21,7 @@ from mistral_nb.model.args import ModelArgs, ModelError, MoeArgs, QueryScaling, 
 from mistral_nb.model.lora import add_adapters, add_adapters_like, init_lora, init_pissa
 from mistral_nb.model.lora import load_adapter_state, lora_layers, set_whole, TARGETS, train_whole_weights
 from mistral_nb.model.weights import init_model
+from mistral_nb.train.checkpoint import consolidated_files, write_files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -213,3 +215,16 @@ def test_packed(format, shape, tmp_path):
     assert made.certificate.chats == len(CHATS) and "vllm serve" in made.lines[0][1]
     assert (made.folder / "certificate.json").exists()
     assert (format == "fp8") != any("held out" in note for note in made.certificate.notes)
+
+
+@pytest.mark.parametrize("kind", ["plain", "dora", "tables"])
+def test_merged_checkpoint(kind, tmp_path):
+    "A run with save_adapters: false writes the weights that an export writes, to the bit"
+    tuned = tuned_model("dense v3", kind, dtype=torch.bfloat16)
+    settings = dict(enable=True, rank=4, dropout=0.0, scaling=1.5)
+    write_files(tmp_path / "run", consolidated_files(tuned.model, V3, torch.bfloat16, settings, False))
+    made = export_tuned(tuned, "mistral", tmp_path / "out", "bf16")
+    folders = tmp_path / "run", made.folder
+    one, other = (load_file(folder / "consolidated.safetensors") for folder in folders)
+    assert one.keys() == other.keys()
+    for name, t in one.items(): assert torch.equal(t, other[name]), name
