@@ -32,7 +32,7 @@ from .job import Job, PlainText, write_job
 from ..train.metrics import JsonLines
 from ..train.resume import check_resumable
 from ..train.run_dir import check_run_dir_free, is_locked, newest_checkpoint, run_marker, step_of
-from ..train.stop import LAUNCHED_ENV, OWNER_ENV, process_id, stop_file
+from ..train.stop import clear_requests, LAUNCHED_ENV, OWNER_ENV, process_id, stop_file
 
 # %% ../../nbs/notebook/84_launch.ipynb #launch
 NOT_FOR_CHILDREN = re.compile(
@@ -103,7 +103,7 @@ def prepare_job_folder(args: TrainArgs, world_size: int) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     save_args(args, folder / "config.yaml")
-    stop_file(args.run_dir).unlink(missing_ok=True)
+    clear_requests(args.run_dir)
     return folder
 
 # %% ../../nbs/notebook/84_launch.ipynb #launch-code

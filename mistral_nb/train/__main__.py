@@ -18,7 +18,7 @@ from .faults import report_error
 from .loop import Trainer
 from .plan import choose_device
 from .run_dir import check_run_dir_free
-from .stop import Interrupted, clear_stop_request
+from .stop import Interrupted, clear_old_requests
 
 # %% ../../nbs/train/76_main.ipynb #run
 def run_training(config: str, overrides: list[str]) -> int:
@@ -51,7 +51,7 @@ def run_training(config: str, overrides: list[str]) -> int:
 def begin(args: TrainArgs) -> None:
     "`ConfigError` if run_dir is taken; an older request to stop is forgotten."
     if not args.resume: check_run_dir_free(args.run_dir)
-    clear_stop_request(args.run_dir)
+    clear_old_requests(args.run_dir)
 
 
 def outcome(trainer: Trainer) -> str:

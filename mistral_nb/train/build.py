@@ -36,7 +36,7 @@ from .plan import Plan, use_threads
 from .resume import find_start, restore
 from .run_dir import run_marker
 from .session import ModelFolder, new_batches, open_model_folder, Session
-from .stop import clear_stop_request
+from .stop import clear_old_requests
 from .tracking import check_wandb
 
 # %% ../../nbs/train/73_build.ipynb #read-data
@@ -145,7 +145,7 @@ def open_session(args: TrainArgs) -> Session:
     args = replace(args, threads=use_threads(args.threads, device))
     base = open_model_folder(args.model_id_or_path, args.quantize)
     data, eval_data = read_data(args, base.tokenizer, ranks)
-    if ranks.main and not dist.under_torchrun(): clear_stop_request(args.run_dir)
+    if ranks.main and not dist.under_torchrun(): clear_old_requests(args.run_dir)
     batches = new_batches(args, data, ranks)
     torch.manual_seed(args.seed + ranks.rank)
     dtype = choose_dtype(args.dtype, device, args.lora.enable, base.dtype)

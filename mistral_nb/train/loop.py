@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['one_step', 'measured', 'evaluate', 'begin_save', 'last_saved', 'save', 'opened', 'take_folder', 'watch_for_hangs',
-           'why_stop', 'is_due', 'steps', 'is_unsaved', 'stopped', 'go_on', 'tuned_of', 'Trainer']
+           'Asked', 'what_is_asked', 'do_as_asked', 'save_now', 'is_due', 'steps', 'is_unsaved', 'stopped', 'go_on',
+           'tuned_of', 'Trainer']
 
 # %% ../../nbs/train/75_loop.ipynb #imports
 import math
 import time
 import warnings
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -30,15 +31,16 @@ from . import dist, faults
 from .build import effective_scaling, open_session
 from .checkpoint import checkpoint_files, rng_state
 from .loss import perplexity
-from .metrics import EvalLog, History, peak_memory_gib, show_progress, StepLog
+from .metrics import device_memory_gib, EvalLog, History, peak_memory_gib
+from .metrics import show_progress, StepLog
 from .optim import beta1_at, lr_at, set_lr
 from .resume import find_start, restore
 from .run_dir import check_run_dir_free, checkpoint_dir, CheckpointError, checkpoints
 from .run_dir import RunLock
 from .session import run_table, Session, SessionParts
 from .step import mean_loss, NotFiniteError, train_step
-from .stop import Interrupted, record_stop, stop_file, stop_requested, StopOnSignal
-from .stop import Watchdog
+from .stop import clear_requests, Interrupted, pause_file, record_stop, save_file
+from .stop import Steered, stop_requested, StopOnSignal, Watchdog
 from .tracking import RunLog
 
 # %% ../../nbs/train/75_loop.ipynb #one-step
@@ -71,7 +73,7 @@ def measured(
     memory = peak_memory_gib(run.device)
     return StepLog(
         run.step, run.args.max_steps, loss, lr, norm, int(tokens), int(trained), seconds,
-        tokens / seconds, left, memory,
+        tokens / seconds, left, memory, device_memory_gib(run.device), round(run.epoch, 4),
     )
 
 # %% ../../nbs/train/75_loop.ipynb #evaluate
@@ -142,8 +144,7 @@ def opened(run: Session) -> Iterator[tuple[RunLog, StopOnSignal, Watchdog | None
         finally:
             last_saved(run)
             log.close()
-            if run.ranks.main:
-                stop_file(run.args.run_dir).unlink(missing_ok=True)  # it was meant for this run
+            if run.ranks.main: clear_requests(run.args.run_dir)
             lock.__exit__()
 
 
@@ -161,12 +162,41 @@ def watch_for_hangs(run: Session) -> Watchdog | None:
     return Watchdog(seconds, run.ranks.rank, lambda text: faults.report_error(TimeoutError(text)))
 
 # %% ../../nbs/train/75_loop.ipynb #why-stop
-def why_stop(run: Session, stop: StopOnSignal, log: RunLog) -> str | None:
-    "Why to stop, if any rank was told to; every rank says the same."
-    why = stop.why or log.why_stop
-    if not why and (run.ranks.main or dist.under_torchrun()): why = stop_requested(run.args.run_dir)
-    if not dist.all_reduce_sum([float(why is not None)], run.device)[0]: return None
-    return next(filter(None, dist.all_gather_object(why)))
+@dataclass(frozen=True)
+class Asked:
+    "What a run is asked to do after a step."
+    stop: str | None  # why
+    pause: bool
+    save: bool
+
+
+def what_is_asked(run: Session, stop: StopOnSignal, log: RunLog) -> Asked:
+    "What any rank was told; every rank says the same."
+    why, folder = stop.why or log.why_stop, run.args.run_dir
+    if not why and (run.ranks.main or dist.under_torchrun()): why = stop_requested(folder)
+    pause, save = (run.ranks.main and file(folder).exists() for file in (pause_file, save_file))
+    told, waits, saves = dist.all_reduce_sum([float(why is not None), float(pause), float(save)], run.device)
+    if told: why = next(filter(None, dist.all_gather_object(why)))
+    return Asked(why, waits > 0, saves > 0)
+
+
+def do_as_asked(
+    run: Session, stop: StopOnSignal, log: RunLog, alive: Callable[[], None] = lambda: None
+) -> str | None:
+    "Wait and save as long as that is asked for; returns why to stop, if so."
+    while (asked := what_is_asked(run, stop, log)).save or asked.pause and not asked.stop:
+        if asked.save: save_now(run)
+        else: time.sleep(0.2)
+        alive()
+    return asked.stop
+
+
+def save_now(run: Session) -> None:
+    "Write the checkpoint that was asked for, unless this step has one."
+    there = checkpoint_dir(run.args.run_dir, run.step)
+    if dist.broadcast_object(not there.exists()): begin_save(run)
+    if run.ranks.main: save_file(run.args.run_dir).unlink(missing_ok=True)
+    dist.barrier()
 
 
 def is_due(run: Session, every: int) -> bool:
@@ -194,7 +224,7 @@ def steps(run: Session) -> Iterator[StepLog]:
             if record.checkpoint: (save if run.step == args.max_steps else begin_save)(run)
             yield record
             alive()
-            why = why_stop(run, stop, log)
+            why = do_as_asked(run, stop, log, alive)
             if why and run.step < args.max_steps: raise stopped(run, why, log)
 
 
@@ -230,7 +260,7 @@ def tuned_of(run: Session) -> Tuned:
     return Tuned(run.model, base.tokenizer, folder, base.storage, base.dtype, context, rows)
 
 # %% ../../nbs/train/75_loop.ipynb #trainer
-class Trainer(SessionParts):
+class Trainer(SessionParts, Steered):
     "A run: `Trainer(args)`, then `fit()`, or `for step in trainer.steps()`."
 
     def __init__(
@@ -266,9 +296,12 @@ class Trainer(SessionParts):
         "Train to the end with a progress bar; `resume` goes on from the newest checkpoint, if there is one"
         run = self.run
         if resume and (run.inside or not run.begun): go_on(run)
-        show_progress(self.steps(), run.step, run.args.max_steps, run.args.log_freq, quiet=not run.ranks.main)
+        self.follow(self.steps())
         return run.history
 
-    def __repr__(self) -> str: return str(run_table(self.run))
+    def follow(self, records: Iterator[StepLog]) -> None:
+        "Take all records, with a bar on a screen and lines elsewhere"
+        args, quiet = self.run.args, not self.run.ranks.main
+        show_progress(records, self.run.step, args.max_steps, args.log_freq, quiet=quiet)
 
-    def _repr_html_(self) -> str: return run_table(self.run)._repr_html_()
+

@@ -8,6 +8,7 @@ __all__ = ['ModelFolder', 'open_model_folder', 'Session', 'SessionParts', 'new_b
 
 # %% ../../nbs/train/71_session.ipynb #imports
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -73,13 +74,26 @@ class Session:
     history: History = field(default_factory=History)
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)
 
+    @cached_property
+    def data_tokens(self) -> int: return sum(d.tokens for d in self.data)
+
+    @property
+    def epoch(self) -> float:
+        "Passes over the data that have been packed; with several sources, over all of it on average"
+        share = self.ranks.world_size if self.args.packing == "mistral" else 1  # a rank packs its own there
+        return self.batches.counts.positions * share / max(1, self.data_tokens)
+
 # %% ../../nbs/train/71_session.ipynb #parts
 class SessionParts:
     "The parts of `self.run`, to be read."
     run: Session
 
+    def __repr__(self) -> str: return str(run_table(self.run))
+    def _repr_html_(self) -> str: return run_table(self.run)._repr_html_()
     @property
     def args(self) -> TrainArgs: return self.run.args
+    @property
+    def run_dir(self) -> Path: return Path(self.run.args.run_dir)
     @property
     def ranks(self) -> Ranks: return self.run.ranks
     @property
