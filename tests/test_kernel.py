@@ -1,4 +1,4 @@
-"A run in a real Jupyter kernel: the interrupt button ends it on a step's edge, and the next cell goes on."
+"A run in a real Jupyter kernel: a live pane, the interrupt button, and the next cell that goes on."
 import time
 from pathlib import Path
 
@@ -9,16 +9,14 @@ from mistral_nb import Trainer
 from mistral_nb.demo import demo_settings
 settings = demo_settings({demo!r}, {run!r}, max_steps=30, seq_len=128, no_eval=True, log_freq=1)
 """
-FIT = "Trainer(settings).fit()"
-RESUME = (
-    "history = Trainer(settings | dict(resume=True)).fit(); "
-    "print('steps', [r.step for r in history.records][-1], len(history.records))"
-)
+FIT = "trainer = Trainer(settings); history = trainer.fit()"
+RESUME = "print('before', len(history.records)); history = trainer.fit(resume=True); print(len(history.records))"
+HTML, WIDGET = "text/html", "application/vnd.jupyter.widget-view+json"
 
 
-def execute(client, code: str, during=None) -> tuple[str, str, list[str]]:
-    "`(status, what was printed or shown, traceback)` of a cell"
-    request, text, trace = client.execute(code), [], []
+def execute(client, code: str, during=None, shown: dict | None = None) -> tuple[str, str, list[str]]:
+    "`(status, what was printed or shown, traceback)` of a cell; its displays by their ids go into `shown`"
+    request, text, trace, shown = client.execute(code), [], [], {} if shown is None else shown
     if during: during()
     while True:
         message = client.get_iopub_msg(timeout=180)
@@ -26,6 +24,8 @@ def execute(client, code: str, during=None) -> tuple[str, str, list[str]]:
         kind, content = message["msg_type"], message["content"]
         if kind == "stream": text.append(content["text"])
         elif kind == "execute_result": text.append(content["data"]["text/plain"])
+        elif kind in ("display_data", "update_display_data"):
+            shown.setdefault(content["transient"].get("display_id", len(shown)), []).append(content["data"])
         elif kind == "error": trace = content["traceback"]
         elif kind == "status" and content["execution_state"] == "idle":
             return ("error" if trace else "ok"), "".join(text), trace
@@ -34,7 +34,7 @@ def execute(client, code: str, during=None) -> tuple[str, str, list[str]]:
 def test_interrupt_and_resume(demo, tmp_path, shell_env):
     "One readable line instead of a traceback; resuming does the remaining steps only"
     manager, run = KernelManager(kernel_name="python3"), tmp_path / "run"
-    manager.start_kernel(env=shell_env)
+    manager.start_kernel(env=shell_env | {"JPY_SESSION_NAME": "first.ipynb"})
     client = manager.client()
     client.start_channels()
     try:
@@ -48,14 +48,20 @@ def test_interrupt_and_resume(demo, tmp_path, shell_env):
                 time.sleep(0.02)
             manager.interrupt_kernel()
 
-        status, _, trace = execute(client, FIT, press_stop)
-        assert (
-            status == "error" and len(trace) == 1 and trace[0].startswith("Stopped by SIGINT after step")
-        ), trace
+        shown: dict = {}
+        status, _, trace = execute(client, FIT, press_stop, shown)
+        assert status == "ok", trace
+        panes = [said for said in shown.values() if any(HTML in data for data in said)]
+        assert len(panes) == 1 and len(panes[0]) > 2
+        last = panes[0][-1]
+        assert "stopped by SIGINT after step" in last["text/plain"]
+        assert "trainer.fit(resume=True)" in last["text/plain"] and "<img" in last[HTML]
+        buttons = [said for said in shown.values() if any(WIDGET in data for data in said)]
+        assert [list(said[-1]) for said in buttons] == [["text/plain"]]  # nothing is left of them
         done = int(sorted(Path(run / "checkpoints").iterdir())[-1].name.removeprefix("checkpoint_"))
         assert 3 <= done < 30
         status, text, trace = execute(client, RESUME)
-        assert status == "ok" and f"steps 30 {30 - done}" in text, (text, trace)
+        assert status == "ok" and text == f"before {done}\n30\n", (text, trace)
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)

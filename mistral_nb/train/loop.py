@@ -37,7 +37,7 @@ from .optim import beta1_at, lr_at, set_lr
 from .resume import find_start, restore
 from .run_dir import check_run_dir_free, checkpoint_dir, CheckpointError, checkpoints
 from .run_dir import RunLock
-from .session import run_table, Session, SessionParts
+from .session import Session, SessionParts
 from .step import mean_loss, NotFiniteError, train_step
 from .stop import clear_requests, Interrupted, pause_file, record_stop, save_file
 from .stop import Steered, stop_requested, StopOnSignal, Watchdog

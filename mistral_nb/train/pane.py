@@ -36,6 +36,7 @@ class View:
     began: float = field(default_factory=time.time)  # seconds since 1970
     at: float = field(default_factory=time.time)  # when the newest was known
 
+    saved: str = ""  # folder of the newest checkpoint, where that is known better than by the records
     samples: list[tuple[str, str, str]] = field(default_factory=list)  # question, answer before, answer now
     first_step_at: float | None = None  # when the first record of this start came
 
@@ -56,13 +57,15 @@ class View:
     @property
     def checkpoint(self) -> str:
         "The newest one's folder"
-        return next((r.checkpoint for r in reversed(self.records) if r.checkpoint), "")
+        return self.saved or next((r.checkpoint for r in reversed(self.records) if r.checkpoint), "")
 
     @property
     def seconds_left(self) -> float | None:
         "By the steps of this start; None where there is nothing to go by"
         done = self.step - self.before - 1
-        if self.phase != "training" or self.first_step_at is None or done < 1: return None
+        if self.phase != "training" or not self.records: return None
+        if self.first_step_at is None: return self.records[-1].eta_seconds
+        if done < 1: return None
         return (self.at - self.first_step_at) / done * (self.total - self.step)
 
 # %% ../../nbs/train/62_pane.ipynb #curve
