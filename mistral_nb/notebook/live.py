@@ -32,8 +32,12 @@ class Page:
     "An output of this cell that shows a view, and is drawn again in place."
 
     def __init__(self, view: View):
-        self.view, self.lock, self.next = view, RLock(), 0.0
+        self.view, self.lock, self.next, self.handle = view, RLock(), 0.0, None
+
+    def show(self) -> "Page":
+        "Make the output"
         self.handle = show_in_place(self.bundle())
+        return self
 
     def bundle(self) -> dict[str, str]:
         "What the page gets: HTML, and a line for those that have none"
@@ -121,6 +125,7 @@ def show_live(
     "Take all records, and show them as they come; what they raise is shown and raised."
     page = Page(view)
     buttons = Buttons(run, page) if has_buttons() else None
+    page.show()
     try:
         for record in records:
             view.add(record)

@@ -85,8 +85,8 @@ def thin(points: Points, most: int = 300) -> list[tuple[float, float]]:
 
 
 def smooth(points: Points) -> list[tuple[float, float]]:
-    "A mean of the points so far in which older ones count less: 0.9 of it for each step, 0.6 in a short run."
-    keep, mean, weight, out = 0.9 if len(points) > 50 else 0.6, 0.0, 0.0, []
+    "A mean of the points so far in which older ones count less."
+    keep, mean, weight, out = max(0.5, 1 - 25 / max(len(points), 1)), 0.0, 0.0, []
     for step, value in points:
         if not math.isfinite(value): continue
         mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
