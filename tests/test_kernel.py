@@ -10,7 +10,7 @@ from mistral_nb.demo import demo_settings
 settings = demo_settings({demo!r}, {run!r}, max_steps=30, seq_len=128, no_eval=True, log_freq=1)
 """
 FIT = "trainer = Trainer(settings); history = trainer.fit()"
-RESUME = "print('before', len(history.records)); history = trainer.fit(resume=True); print(len(history.records))"
+RESUME = "print(len(history.records)); history = trainer.fit(resume=True); print(len(history.records))"
 HTML, WIDGET = "text/html", "application/vnd.jupyter.widget-view+json"
 
 
@@ -31,8 +31,19 @@ def execute(client, code: str, during=None, shown: dict | None = None) -> tuple[
             return ("error" if trace else "ok"), "".join(text), trace
 
 
+def check_shown(shown: dict) -> None:
+    "One pane, drawn again in place, that says how to go on; and nothing is left of the buttons"
+    panes = [said for said in shown.values() if any(HTML in data for data in said)]
+    assert len(panes) == 1 and len(panes[0]) > 2
+    last = panes[0][-1]
+    assert "stopped by SIGINT after step" in last["text/plain"]
+    assert "trainer.fit(resume=True)" in last["text/plain"] and "<img" in last[HTML]
+    buttons = [said for said in shown.values() if any(WIDGET in data for data in said)]
+    assert [list(said[-1]) for said in buttons] == [["text/plain"]]  # nothing is left of them
+
+
 def test_interrupt_and_resume(demo, tmp_path, shell_env):
-    "One readable line instead of a traceback; resuming does the remaining steps only"
+    "The pane says how to go on instead of a traceback; resuming does the remaining steps only"
     manager, run = KernelManager(kernel_name="python3"), tmp_path / "run"
     manager.start_kernel(env=shell_env | {"JPY_SESSION_NAME": "first.ipynb"})
     client = manager.client()
@@ -51,17 +62,11 @@ def test_interrupt_and_resume(demo, tmp_path, shell_env):
         shown: dict = {}
         status, _, trace = execute(client, FIT, press_stop, shown)
         assert status == "ok", trace
-        panes = [said for said in shown.values() if any(HTML in data for data in said)]
-        assert len(panes) == 1 and len(panes[0]) > 2
-        last = panes[0][-1]
-        assert "stopped by SIGINT after step" in last["text/plain"]
-        assert "trainer.fit(resume=True)" in last["text/plain"] and "<img" in last[HTML]
-        buttons = [said for said in shown.values() if any(WIDGET in data for data in said)]
-        assert [list(said[-1]) for said in buttons] == [["text/plain"]]  # nothing is left of them
+        check_shown(shown)
         done = int(sorted(Path(run / "checkpoints").iterdir())[-1].name.removeprefix("checkpoint_"))
         assert 3 <= done < 30
         status, text, trace = execute(client, RESUME)
-        assert status == "ok" and text == f"before {done}\n30\n", (text, trace)
+        assert status == "ok" and text == f"{done}\n30\n", (text, trace)
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)

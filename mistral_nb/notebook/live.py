@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GO_ON', 'ENDED', 'show_in_place', 'Page', 'has_buttons', 'unpin', 'Buttons', 'how_to_go_on', 'show_live', 'keep_live',
-           'Trainer']
+           'LiveTrainer']
 
 # %% ../../nbs/notebook/83_live.ipynb #imports
 import os
@@ -169,7 +169,7 @@ def keep_live(read: Callable[[], View], run: Steered, every: float = 0.5) -> Thr
     return thread
 
 # %% ../../nbs/notebook/83_live.ipynb #trainer
-class Trainer(loop.Trainer):
+class LiveTrainer(loop.Trainer):
     "A run: `Trainer(args)`, then `fit()`, which a page shows as it goes; or `for step in trainer.steps()`."
 
     def fit(self, resume: bool = False) -> History:
