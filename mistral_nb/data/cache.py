@@ -23,7 +23,7 @@ from typing import Any, Callable, Iterable, Iterator
 
 import pyarrow as pa
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..core.display import short_path, Table
 from ..core.files import atomic_path, write_atomic

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..core.display import one_line, short_path
 from ..core.files import atomic_path
