@@ -19,7 +19,7 @@ from ..core.display import in_notebook, one_line, short_path
 from ..train import loop
 from ..train.metrics import History, StepLog
 from ..train.pane import pane_html, pane_text, View
-from ..train.stop import Interrupted, Steered
+from ..train.stop import Interrupted, pause_file, Steered
 
 # %% ../../nbs/notebook/83_live.ipynb #in-place
 def show_in_place(bundle: dict[str, Any]) -> Any:
@@ -129,9 +129,11 @@ def show_live(
     try:
         for record in records:
             view.add(record)
+            view.phase = "paused" if pause_file(run.run_dir).exists() else "training"
             view.saved = str(saved() or "")
             page.draw()
-        view.phase, view.detail = "finished", ""
+        done = view.step >= view.total  # a job that was asked to stop only has no more records
+        view.phase, view.detail = ("finished", "") if done else ("stopped", GO_ON)
     except Interrupted as stopped:
         view.phase, view.detail = "stopped", how_to_go_on(stopped)
         raise

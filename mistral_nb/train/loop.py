@@ -20,6 +20,7 @@ from typing import Any, Callable, Iterator
 import torch
 
 from ..core.config import require, to_dict
+from ..core.display import short_path
 from ..core.hub import local_model
 from ..core.settings import check_paths, load_args, TrainArgs
 from ..data.batches import eval_batches
@@ -31,8 +32,8 @@ from . import dist, faults
 from .build import effective_scaling, open_session
 from .checkpoint import checkpoint_files, rng_state
 from .loss import perplexity
-from .metrics import device_memory_gib, EvalLog, History, peak_memory_gib
-from .metrics import show_progress, StepLog
+from .metrics import device_memory_gib, EvalLog, History, peak_memory_gib, show_progress
+from .metrics import StepLog
 from .optim import beta1_at, lr_at, set_lr
 from .resume import find_start, restore
 from .run_dir import check_run_dir_free, checkpoint_dir, CheckpointError, checkpoints
@@ -137,7 +138,7 @@ def opened(run: Session) -> Iterator[tuple[RunLog, StopOnSignal, Watchdog | None
     if run.inside: raise CheckpointError(f"{broke_off}: {way_out}")
     lock = RunLock(run.args.run_dir)
     dist.run_on_main(lambda: take_folder(run, lock))
-    run.begun = True
+    run.begun, run.history.name = True, short_path(run.args.run_dir)
     log = RunLog(run.args, run.history, run.step if run.ranks.main else None)
     with StopOnSignal() as stop, watch_for_hangs(run) or nullcontext() as watchdog:
         try: yield log, stop, watchdog

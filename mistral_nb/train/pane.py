@@ -35,7 +35,6 @@ class View:
     before: int = 0  # steps before this start
     began: float = field(default_factory=time.time)  # seconds since 1970
     at: float = field(default_factory=time.time)  # when the newest was known
-
     saved: str = ""  # folder of the newest checkpoint, where that is known better than by the records
     samples: list[tuple[str, str, str]] = field(default_factory=list)  # question, answer before, answer now
     first_step_at: float | None = None  # when the first record of this start came

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Callable
 
-from ..core.files import write_atomic
+from ..core.files import is_running, write_atomic
 
 # %% ../../nbs/train/63_stop.ipynb #interrupted
 class Interrupted(KeyboardInterrupt):
@@ -81,10 +81,7 @@ def process_id(pid: int) -> str | None:
         try: state, *values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except OSError: return None
         return None if state in "ZX" else f"{pid}:{values[18]}"
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return None
-    except PermissionError: pass
-    return f"{pid}:"
+    return f"{pid}:" if is_running(pid) else None
 
 
 def stop_file(run_dir: str | Path) -> Path:
