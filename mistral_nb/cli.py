@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CONFIG', 'KINDS', 'Command', 'COMMANDS', 'made_demo', 'trained_on', 'demo_options', 'cmd_demo', 'train_options',
-           'cmd_train', 'plan_options', 'cmd_plan', 'runs_options', 'cmd_runs', 'chat_options', 'talk_options',
-           'open_chat', 'cmd_chat', 'generate_options', 'cmd_generate', 'complete_options', 'cmd_complete',
-           'extend_options', 'cmd_extend', 'export_options', 'cmd_export', 'models_options', 'cmd_models',
-           'download_options', 'cmd_download', 'show_options', 'cmd_show', 'check_options', 'cmd_check',
+           'cmd_train', 'plan_options', 'gpu_asked', 'cmd_plan', 'runs_options', 'cmd_runs', 'chat_options',
+           'talk_options', 'open_chat', 'cmd_chat', 'generate_options', 'cmd_generate', 'complete_options',
+           'cmd_complete', 'extend_options', 'cmd_extend', 'export_options', 'cmd_export', 'models_options',
+           'cmd_models', 'download_options', 'cmd_download', 'show_options', 'cmd_show', 'check_options', 'cmd_check',
            'convert_options', 'cmd_convert', 'cache_options', 'cmd_cache', 'parser', 'main']
 
 # %% ../nbs/90_cli.ipynb #imports
@@ -97,18 +97,25 @@ def cmd_train(args: Namespace) -> int:
     from mistral_nb.train.__main__ import run_training
     return run_training(args.config, args.overrides + ["resume=true"] * args.resume)
 
-
+# %% ../nbs/90_cli.ipynb #plan
 def plan_options(p: ArgumentParser) -> None:
     "Options of `mistral-nb plan`."
     p.add_argument("config", help=CONFIG)
     on_top = "settings on top, for example quantize=nf4 memory_gib=24"
     p.add_argument("overrides", nargs="*", metavar="key=value", help=on_top)
+    p.add_argument("--gpu", default=None, help="T4, L4, A100, H100, H200, or GiB; this machine by default")
+
+
+def gpu_asked(args: Namespace) -> str | float | None:
+    "What `--gpu` says: a name, or GiB"
+    try: return float(args.gpu or "no")
+    except ValueError: return args.gpu
 
 
 def cmd_plan(args: Namespace) -> int:
-    "The memory of a run before it starts; exit code 1 if it does not fit."
+    "Memory and time of a run before it starts; exit code 1 if it does not fit."
     from mistral_nb.train.plan import plan
-    found = plan(args.config, *args.overrides)
+    found = plan(args.config, *args.overrides, gpu=gpu_asked(args))
     print(found)
     return 0 if found.fits else 1
 
@@ -275,9 +282,7 @@ def models_options(p: ArgumentParser) -> None:
 def cmd_models(args: Namespace) -> int:
     "Mistral's open models, what each needs and what fits."
     from mistral_nb.train.models import models
-    try: gpu: str | float | None = float(args.gpu or "no")
-    except ValueError: gpu = args.gpu
-    print(models(" ".join(args.words), gpu, args.trains, args.fits))
+    print(models(" ".join(args.words), gpu_asked(args), args.trains, args.fits))
     return 0
 
 
@@ -414,7 +419,7 @@ COMMANDS: dict[str, Command] = {
         cmd_demo, demo_options, "make a tiny model and data, train it in a minute, ask it before and after",
     ),
     "train": (cmd_train, train_options, "train as a YAML file says (the keys are mistral-finetune's)"),
-    "plan": (cmd_plan, plan_options, "the memory that a run needs, part by part, against the device"),
+    "plan": (cmd_plan, plan_options, "what a run needs in memory and time, here or on another GPU"),
     "runs": (cmd_runs, runs_options, "list the runs in a folder, with their losses and checkpoints"),
     "models": (cmd_models, models_options, "list Mistral's open models, what each needs, and what fits"),
     "download": (cmd_download, download_options, "fetch a model by its name"),

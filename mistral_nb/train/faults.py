@@ -90,7 +90,7 @@ def explain_memory(run: Session, error: torch.OutOfMemoryError) -> torch.OutOfMe
     said = f"step {run.step + 1}: {str(error).split('. ')[0]}"
     planned = f"planned were {to_gib(plan.memory.total)} of {to_gib(plan.budget)} GiB, {plan.how()}"
     return torch.OutOfMemoryError(
-        f"{said}; {planned}; what may help: {'; or '.join(changes)}\n{plan.table()}"
+        f"{said}; {planned}; what may help: {'; or '.join(changes)}\n{plan}"
     )
 
 # %% ../../nbs/train/74_faults.ipynb #peers

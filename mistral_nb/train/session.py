@@ -164,6 +164,7 @@ def run_table(run: Session) -> Table:
         ("weights", weights_line(args, run.model.dtype, place, run.base.storage)),
         *left_out_row(run.base.left_out),
         ("memory", f"{to_gib(run.plan.memory.total)} of {to_gib(run.plan.budget)} GiB: {run.plan.how()}"),
+        *([("time", run.plan.time())] if run.plan.time() else []),
         *([("threads", f"{args.threads}")] if args.threads else []),
         ("tokenizer", f"{run.base.tokenizer.version}, {run.base.tokenizer.vocab_size:,} tokens"),
         ("tokens in a step", f"{args.seq_len * args.batch_size * args.num_microbatches * world:,}"),
