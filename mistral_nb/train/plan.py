@@ -194,7 +194,8 @@ def changes_table(plan: Plan) -> list[Table]:
     rows = []
     for change in plan.changes:
         speed = round(change.pace.tokens_per_second) if change.pace else "?"
-        rows.append((change.line, change.gib, speed, "?" if change.hours is None else spell_hours(change.hours)))
+        needs = "?" if change.hours is None else spell_hours(change.hours)
+        rows.append((change.line, change.gib, speed, needs))
     title = "faster" if plan.fits else "what would fit"
     return [Table(["with this setting", "GiB", "tokens/s", "time"], rows, title=title)]
 
