@@ -27,7 +27,7 @@ from ..data.batches import eval_batches
 from ..data.pack import Batch
 from ..export.exports import export_tuned, Exported
 from ..export.tuned import context_length, Tuned
-from ..infer.generate import check_whole
+from ..infer.generate import check_whole, model_lock
 from . import dist, faults
 from .build import effective_scaling, open_session
 from .checkpoint import checkpoint_files, rng_state
@@ -54,10 +54,9 @@ def one_step(run: Session) -> StepLog:
     lr = lr_at(run.step, args.max_steps, optim.lr, optim.pct_start)
     beta1 = beta1_at(run.step, args.max_steps, optim.pct_start) if optim.cycle_momentum else 0.9
     set_lr(run.optimizer, lr, beta1)
+    how = args.max_norm, args.loss_average, run.scaler, run.plan.limit
     try:
-        loss, norm = train_step(
-            run.model, batches, run.optimizer, args.max_norm, args.loss_average, run.scaler, run.plan.limit,
-        )
+        with model_lock(run.model): loss, norm = train_step(run.model, batches, run.optimizer, *how)
     except NotFiniteError as error: loss, norm = faults.leave_out(run, error), math.nan
     except torch.OutOfMemoryError as error: raise faults.explain_memory(run, error) from None
     run.step += 1
@@ -84,7 +83,7 @@ def try_steps(run: Session, n: int = 3) -> Plan:
     "Time `n` steps that change nothing, after one that warms up; returns the plan with the pace measured."
     batches, seconds, count = new_batches(run.args, run.data, run.ranks), 0.0, 0.0
     devices = [torch.cuda.current_device()] if run.device == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with model_lock(run.model), torch.random.fork_rng(devices):
         for i in range(n + 1):
             part, began = list(islice(batches, run.args.num_microbatches)), time.perf_counter()
             backward(run.model, part, run.args.loss_average, run.scaler, run.plan.limit)
@@ -104,7 +103,7 @@ def evaluate(run: Session, alive: Callable[[], None] = lambda: None) -> EvalLog:
     batches = eval_batches(
         run.eval_data, args.seq_len, args.batch_size, "best_fit", ranks.rank, ranks.world_size
     )
-    loss, tokens = mean_loss(run.model, batches, run.plan.limit, alive)
+    with model_lock(run.model): loss, tokens = mean_loss(run.model, batches, run.plan.limit, alive)
     return EvalLog(run.step, loss, perplexity(loss), tokens, time.perf_counter() - began)
 
 # %% ../../nbs/train/75_loop.ipynb #save
@@ -120,10 +119,11 @@ def begin_save(run: Session) -> Path:
     if run.ranks.main: last_saved(run, "; trying again now")
     if run.ranks.main or run.plan.groups:
         lora = asdict(args.lora) | {"scaling": effective_scaling(args)}
-        files = checkpoint_files(
-            run.model, run.optimizer, state, rngs, run.ranks.main, args=base.shape, dtype=base.dtype,
-            lora=lora, adapters_only=args.save_adapters, tokenizer=base.tokenizer_file,
-        )
+        with model_lock(run.model):  # somebody who asks the base model puts its weights in for a moment
+            files = checkpoint_files(
+                run.model, run.optimizer, state, rngs, run.ranks.main, args=base.shape, dtype=base.dtype,
+                lora=lora, adapters_only=args.save_adapters, tokenizer=base.tokenizer_file,
+            )
     if run.ranks.main: run.writer.start(args.run_dir, run.step, files, args.num_ckpt_keep)
     return checkpoint_dir(args.run_dir, run.step)
 
