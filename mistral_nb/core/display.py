@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SECONDS_WITHOUT_BAR', 'code_point', 'spell_out', 'reveal_hidden', 'escape', 'one_line', 'short_path', 'safe_text',
-           'prepare_terminal', 'cell_text', 'html_row', 'Table', 'table_as_text', 'Picture', 'in_notebook', 'tracked',
-           'show_error']
+           'prepare_terminal', 'cell_text', 'html_row', 'Table', 'table_as_text', 'Picture', 'heard_by', 'tell',
+           'in_notebook', 'tracked', 'show_error']
 
 # %% ../../nbs/core/00_display.ipynb #imports
 import html
@@ -16,6 +16,8 @@ import tempfile
 import textwrap
 import unicodedata
 import warnings
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Sequence
@@ -159,6 +161,22 @@ SECONDS_WITHOUT_BAR = 3.0
 _T = TypeVar("_T")
 
 
+_LISTENER: ContextVar[Callable[[str, int, int | None], None] | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def heard_by(listener: Callable[[str, int, int | None], None]) -> Iterator[None]:
+    "Inside this block `listener` gets what is being done, how much of it is, and of how much."
+    before = _LISTENER.set(listener)
+    try: yield
+    finally: _LISTENER.reset(before)
+
+
+def tell(what: str, done: int = 0, total: int | None = None) -> None:
+    "Say how far something is to who listens, if anybody does."
+    if listener := _LISTENER.get(): listener(what, done, total)
+
+
 def in_notebook() -> bool:
     "Whether a Jupyter kernel runs this."
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
@@ -170,7 +188,9 @@ def tracked(items: Iterable[_T], what: str, total: int | None = None) -> Iterato
     from tqdm import tqdm
     live = sys.stderr.isatty() or in_notebook()
     options = dict(delay=SECONDS_WITHOUT_BAR, mininterval=0.5, leave=False, disable=not live)
-    yield from tqdm(items, what, total, **options)
+    for i, item in enumerate(tqdm(items, what, total, **options)):
+        tell(what, i, total)
+        yield item
 
 # %% ../../nbs/core/00_display.ipynb #error
 _EXAMPLE_FOLDER = re.escape(tempfile.gettempdir()) + r"/tmp\w+"

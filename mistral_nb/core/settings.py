@@ -131,6 +131,8 @@ class TrainArgs:
     on_tracking_error: str = "warn"  # MLflow or W&B that fails; warn: go on without it, stop: save and end
     timeout_minutes: float = 30.0  # a step that takes longer ends the run, with the traceback of who hangs
     tensorboard: bool = False  # also write TensorBoard events
+    sample_prompts: list[str] = field(default_factory=list)  # questions answered at each evaluation
+    sample_tokens: int = 64  # at most, in such an answer
     resume: bool = False  # go on from the newest checkpoint in run_dir
 
     def __str__(self) -> str: return str(settings_table(self))
@@ -178,6 +180,7 @@ UPPER_LIMITS = {
     "seq_len": 2**24, "batch_size": 2**20, "num_microbatches": 2**20, "max_steps": 10**9, "log_freq": 10**9,
     "eval_freq": 10**9, "ckpt_freq": 10**9, "num_ckpt_keep": 10**9, "world_size": 2**20,
     "skip_not_finite": 10**9, "timeout_minutes": 10**6, "memory_gib": 10**6, "max_norm": 1e30,
+    "sample_tokens": 2**20,
     "threads": 2**12, "seed": 2**32 - 1, "lora.rank": 2**16, "lora.scaling": 1e6, "lora.lr_ratio": 1e6,
     "optim.lr": 1e3, "optim.weight_decay": 1e3,
 }
@@ -206,7 +209,9 @@ def check_sizes(args: TrainArgs) -> None:
     require(fits, "batch_size", too_long, hint)
 
 # %% ../../nbs/core/04_settings.ipynb #numbers
-POSITIVE_SETTINGS = "seq_len batch_size num_microbatches max_steps log_freq max_norm timeout_minutes".split()
+POSITIVE_SETTINGS = (
+    "seq_len batch_size num_microbatches max_steps log_freq max_norm timeout_minutes sample_tokens".split()
+)
 NOT_NEGATIVE = "eval_freq ckpt_freq seed skip_not_finite".split()
 
 

@@ -25,7 +25,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from ..core.display import short_path, Table
+from ..core.display import short_path, Table, tell
 from ..core.files import atomic_path, write_atomic
 from .columns import DataError, encode_lines, NumberedLines, open_cache, read_chunks
 from .columns import record_batch, TOKEN_SCHEMA, TokenFile
@@ -138,12 +138,14 @@ def _tokenized(
     taken: deque[int] = deque()  # bytes of the chunks under way
     shown = dict(unit="B", unit_scale=True, desc=f"tokenizing {path.name}", disable=not progress, delay=1)
     with tqdm(total=size, **shown) as bar:
-        rows, began = 0, time.perf_counter()
+        rows, done, began = 0, 0, time.perf_counter()
         for found in map_ordered(work, _noted(read_chunks(path), taken), workers):
             yield record_batch(found)
             rows += int((found["part"] == 0).sum())
             bar.set_postfix_str(f"{rows / (time.perf_counter() - began):,.0f} rows/s", refresh=False)
-            bar.update(taken.popleft())
+            done += (part := taken.popleft())
+            bar.update(part)
+            tell(f"reading {path.name}, bytes", done, size)
 
 
 def _noted(jobs: Iterable[NumberedLines], taken: deque) -> Iterator[NumberedLines]:

@@ -23,6 +23,7 @@ from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 from torch import nn, Tensor
 
+from ..core.display import tracked
 from ..core.files import atomic_path, write_atomic
 from ..core.hub import find_model
 from .args import load_model_args, ModelArgs, ModelError, read_head, shape_file
@@ -385,7 +386,8 @@ def load_model(
         packed = matrices if quantize != "none" else matrices & packed_kinds(files).keys()
         shard_empty(model, place, dict.fromkeys(packed, kind), dtype or file_dtype(folder), device)
     with nullcontext() if place else read_ahead(files):
-        for name, tensor in checked_tensors(read_model(files, args), wanted, args, folder):
+        tensors = checked_tensors(read_model(files, args), wanted, args, folder)
+        for name, tensor in tracked(tensors, "loading weights, tensors", len(wanted)):
             if place: tensor = take_rows(tensor, rows_for(model, name))
             _place(model, name, arrive(name, tensor, f"{folder}: {name}"))
     if args.tied_embeddings: model.output.weight = model.tok_embeddings.weight

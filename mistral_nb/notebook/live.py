@@ -17,7 +17,7 @@ from typing import Any, Callable, Iterator
 
 from ..core.display import in_notebook, one_line, short_path
 from ..train import loop
-from ..train.metrics import History, StepLog
+from ..train.metrics import History, sample_rows, StepLog
 from ..train.pane import pane_html, pane_text, View
 from ..train.stop import Interrupted, pause_file, Steered
 
@@ -120,17 +120,17 @@ def how_to_go_on(stopped: Interrupted) -> str:
 
 
 def show_live(
-    records: Iterator[StepLog], view: View, run: Steered, saved: Callable[[], Path | None] = lambda: None
+    records: Iterator[StepLog | None], view: View, run: Steered, look: Callable[[View], None] = lambda v: None
 ) -> None:
-    "Take all records, and show them as they come; what they raise is shown and raised."
+    "Take all records, and show them as they come; what they raise is shown and raised. `look` sets the rest."
     page = Page(view)
     buttons = Buttons(run, page) if has_buttons() else None
     page.show()
     try:
         for record in records:
-            view.add(record)
-            view.phase = "paused" if pause_file(run.run_dir).exists() else "training"
-            view.saved = str(saved() or "")
+            if record: view.add(record)  # None: nothing new, and time to look
+            if view.records: view.phase = "paused" if pause_file(run.run_dir).exists() else "training"
+            look(view)
             page.draw()
         done = view.step >= view.total  # a job that was asked to stop only has no more records
         view.phase, view.detail = ("finished", "") if done else ("stopped", GO_ON)
@@ -142,7 +142,7 @@ def show_live(
         raise
     finally:
         if buttons: buttons.close()
-        view.saved = str(saved() or "")
+        look(view)
         page.draw(now=True)
 
 # %% ../../nbs/notebook/83_live.ipynb #keep
@@ -184,5 +184,11 @@ class LiveTrainer(loop.Trainer):
     def follow(self, records: Iterator[StepLog]) -> None:
         "Take all records, in a live pane where there is a page for one"
         if not in_notebook() or not self.ranks.main: return super().follow(records)
-        view = View(short_path(self.run_dir), self.args.max_steps, before=self.step)
-        show_live(records, view, self, lambda: self.history.checkpoint)
+        first = "computing the first step, which takes longer than others"
+        view = View(short_path(self.run_dir), self.args.max_steps, detail=first, before=self.step)
+        show_live(records, view, self, self.look)
+
+    def look(self, view: View) -> None:
+        "What a view cannot know from records"
+        view.saved = str(self.history.checkpoint or "")
+        view.samples = sample_rows(self.history.samples)

@@ -160,6 +160,8 @@ def open_session(args: TrainArgs) -> Session:
     torch.manual_seed(args.seed + ranks.rank)
     dtype = choose_dtype(args.dtype, device, args.lora.enable, base.dtype)
     plan = plan_run(args, base, data, dtype, ranks, device)
+    problem = "a model that is divided among processes answers no questions"
+    require(not (plan.groups and args.sample_prompts), "sample_prompts", problem, "leave them out")
     model = build_model(args, dtype, device, plan.groups)
     dist.broadcast_params(trainable_params(model).values())
     optimizer = adamw(trainable_params(model), args.optim.lr, args.optim.weight_decay, args.lora.lr_ratio)

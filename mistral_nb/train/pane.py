@@ -34,16 +34,19 @@ class View:
     records: list[Any] = field(default_factory=list)  # StepLog
     before: int = 0  # steps before this start
     began: float = field(default_factory=time.time)  # seconds since 1970
-    at: float = field(default_factory=time.time)  # when the newest was known
+    at: float = field(default_factory=time.time)  # when the newest record came
+    looked_at: float = 0.0  # when somebody looked whether there is more
     saved: str = ""  # folder of the newest checkpoint, where that is known better than by the records
     samples: list[tuple[str, str, str]] = field(default_factory=list)  # question, answer before, answer now
     first_step_at: float | None = None  # when the first record of this start came
 
     def add(self, record: Any) -> None:
         "Take in the record of a step"
-        self.at = time.time()
-        if self.first_step_at is None: self.first_step_at, self.before = self.at, record.step - 1
-        if self.phase != "paused": self.phase, self.detail = "training", ""
+        now = time.time()
+        if self.first_step_at is None: self.first_step_at, self.before = now, record.step - 1
+        if self.phase == "paused": self.first_step_at += now - self.at  # a pause is no work
+        else: self.phase, self.detail = "training", ""
+        self.at = now
         self.records.append(record)
 
     @property
@@ -212,11 +215,12 @@ def bar_html(share: float, colour: str, style: str = "") -> str:
 def head_html(view: View) -> str:
     "Name, phase, progress, and what is left."
     chip = "color:white;border-radius:8px;padding:1px 9px;background-color:" + _CHIPS.get(view.phase, GREY)
-    parts = [f"step <b>{view.step:,}</b> of {view.total:,}", format_duration(view.at - view.began)]
+    now = max(view.at, view.looked_at)
+    parts = [f"step <b>{view.step:,}</b> of {view.total:,}", format_duration(now - view.began)]
     if view.seconds_left is not None: parts.append(f"{format_duration(view.seconds_left)} left")
     if view.records: parts.append(f"{view.records[-1].tokens_per_second:,.0f} tokens/s")
     if view.phase in ("starting", "training", "paused"):
-        parts.append("as of " + time.strftime("%H:%M:%S", time.localtime(view.at)))
+        parts.append("as of " + time.strftime("%H:%M:%S", time.localtime(now)))
     phase = f'<span style="{chip}">{escape(view.phase)}</span>'
     return f"<div><b>{escape(view.name)}</b> &nbsp;{phase}&nbsp; {' &nbsp;·&nbsp; '.join(parts)}</div>"
 

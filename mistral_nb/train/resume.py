@@ -54,7 +54,7 @@ def check_extension(args: TrainArgs, old: TrainArgs, step: int) -> None:
 MAY_CHANGE = set(
     "max_steps log_freq eval_freq no_eval ckpt_freq no_ckpt num_ckpt_keep save_adapters checkpoint "
     "memory_gib resume run_dir wandb mlflow tensorboard device world_size model_id_or_path placement "
-    "skip_not_finite timeout_minutes threads on_tracking_error".split()
+    "skip_not_finite timeout_minutes threads on_tracking_error sample_prompts sample_tokens".split()
 )
 
 
@@ -127,6 +127,7 @@ def restore(run: Session, folder: Path) -> None:
     run.batches.load_state(state["data"])
     run.history.checkpoint = folder
     run.history.records = [r for r in run.history.records if r.step <= run.step]
+    run.history.samples = [r for r in run.history.samples if r.step <= run.step]
     keep_cuts(run, state)
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ANSWER_SECONDS', 'import_service', 'scalars', 'slashed', 'TensorBoard', 'MLFlow', 'check_wandb', 'Wandb', 'Service',
-           'open_services', 'open_sinks', 'rewrite_folder', 'RunLog']
+           'open_services', 'open_sinks', 'rewrite_folder', 'revive', 'RunLog']
 
 # %% ../../nbs/train/67_tracking.ipynb #imports
 import os
@@ -19,7 +19,7 @@ from typing import Any, Callable
 from ..core.config import ConfigError, flatten, require, to_dict
 from ..core.display import one_line
 from ..core.settings import TrainArgs, save_args
-from .metrics import EvalLog, History, JsonLines, Sink, StepLog, to_json_values
+from .metrics import EvalLog, History, JsonLines, SampleLog, Sink, StepLog, to_json_values
 
 # %% ../../nbs/train/67_tracking.ipynb #services
 def import_service(package: str, command: str) -> Any:
@@ -212,9 +212,19 @@ def rewrite_folder(args: TrainArgs, records: list[StepLog]) -> JsonLines:
     save_args(args, run_dir / "args.yaml")
     lines = JsonLines(run_dir)
     for record in records:
-        if record.eval: lines.log(record.eval)
+        for more in filter(None, (record.eval, record.samples)): lines.log(more)
         lines.log(record)
     return lines
+
+
+def revive(log: "RunLog") -> None:
+    "Make a run_dir that has vanished again, with the records of this session."
+    lost = "it is made again, and its older records and checkpoints are lost"
+    warnings.warn(f"{log.args.run_dir} has vanished: {lost}", stacklevel=4)
+    services = [s for s in log.sinks if isinstance(s, Service)]
+    for sink in log.sinks:
+        if sink not in services: sink.close()
+    log.sinks = [rewrite_folder(log.args, log.history.records[:-1]), *services]
 
 # %% ../../nbs/train/67_tracking.ipynb #run-log
 class RunLog:
@@ -227,21 +237,19 @@ class RunLog:
 
     def __call__(self, record: StepLog, due: bool = True) -> None:
         "Send a record, the last one of the history, if it is due, or has an evaluation or a checkpoint"
-        if self.writes and not Path(self.args.run_dir).is_dir(): self._revive()
+        if self.writes and not Path(self.args.run_dir).is_dir(): revive(self)
         said = due or record.eval or record.checkpoint
         for sink in self.sinks:
             if record.eval: sink.log(record.eval)
             if said: sink.log(record)
+        if record.samples: self.note(record.samples)
         self.unsaid = None if said else record
 
-    def _revive(self) -> None:
-        "Make a run_dir that has vanished again, with the records of this session"
-        lost = "it is made again, and its older records and checkpoints are lost"
-        warnings.warn(f"{self.args.run_dir} has vanished: {lost}", stacklevel=4)
-        services = [s for s in self.sinks if isinstance(s, Service)]
+    def note(self, samples: SampleLog) -> None:
+        "Keep answers; services take numbers only"
+        self.history.samples.append(samples)
         for sink in self.sinks:
-            if sink not in services: sink.close()
-        self.sinks = [rewrite_folder(self.args, self.history.records[:-1]), *services]
+            if isinstance(sink, JsonLines): sink.log(samples)
 
     @property
     def why_stop(self) -> str | None:
