@@ -25,7 +25,7 @@ from .failure import attempt_folders, diagnose, JobFailedError, screen_text
 from .live import ENDED, has_buttons, keep_live, show_in_place, show_live
 from .processes import find_processes, process_tree, send_signal
 from .records import RecordReader
-from ..train.metrics import History, read_phase, read_samples_log, sample_rows, show_progress
+from ..train.metrics import History, read_phase, read_samples_log, answer_rows, show_progress
 from ..train.metrics import StepLog
 from ..train.pane import pane_html, View
 from ..train.run_dir import checkpoints, is_locked, step_of
@@ -181,7 +181,7 @@ def look_at(job: Job, view: View) -> None:
     starting = f"starting {n} process{'es' * (n > 1)}"
     if not view.records and view.phase == "starting": view.detail = read_phase(job.run_dir) or starting
     view.saved = str(job.checkpoint or "")
-    view.samples = sample_rows(read_samples_log(job.run_dir))
+    view.samples = answer_rows(read_samples_log(job.run_dir))
     if view.phase not in ENDED: view.looked_at = time.time()
 
 

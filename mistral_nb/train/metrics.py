@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['peak_memory_gib', 'device_memory_gib', 'EvalLog', 'SampleLog', 'StepLog', 'Sink', 'to_json_values', 'read_records',
-           'parse_records', 'JsonLines', 'open_lines', 'sample_rows', 'read_samples_log', 'phase_writer', 'read_phase',
+           'parse_records', 'JsonLines', 'open_lines', 'answer_rows', 'read_samples_log', 'phase_writer', 'read_phase',
            'progress_note', 'show_progress', 'History', 'plot_losses', 'list_runs', 'run_row']
 
 # %% ../../nbs/train/66_metrics.ipynb #imports
@@ -159,7 +159,7 @@ def open_lines(run_dir: str | Path, name: str, step: int) -> Any:
     return open(path, "a", encoding="utf-8", buffering=1)
 
 # %% ../../nbs/train/66_metrics.ipynb #samples
-def sample_rows(found: Sequence[SampleLog]) -> list[tuple[str, str, str]]:
+def answer_rows(found: Sequence[SampleLog]) -> list[tuple[str, str, str]]:
     "The newest questions of a run's `sample_prompts`, with the first and the newest answer to each."
     if not found: return []
     now, before = found[-1], {}
@@ -251,7 +251,7 @@ class History:
         last = self.records[-1] if self.records else None
         phase = "finished" if last and last.step >= last.max_steps else "stopped"
         view = View(self.name, last.max_steps if last else 0, phase, records=list(self.records))
-        view.samples = sample_rows(self.samples)
+        view.samples = answer_rows(self.samples)
         return replace(view, began=0.0, at=sum(r.seconds for r in self.records))
 
     def _repr_html_(self) -> str: return pane_html(self.view())
