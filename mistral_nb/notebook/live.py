@@ -108,17 +108,15 @@ class Buttons:
         self.handle.update({"text/plain": ""}, raw=True)
         for w in (*self.made.values(), self.row): w.close()
 
-# %% ../../nbs/notebook/83_live.ipynb #live
+# %% ../../nbs/notebook/83_live.ipynb #words
 GO_ON = "go on with trainer.fit(resume=True), or launch(…, resume=True)"
-
-
 LONG_RUN = 1800.0  # seconds left after which another way is offered
 OFFER = (
     "a long run: ■, then launch(settings, nproc_per_node=1, resume=True), goes on in a process of its own; "
     "this notebook stays free, and the pane outlives a reload of the page"
 )
 
-
+# %% ../../nbs/notebook/83_live.ipynb #live
 def how_to_go_on(stopped: Interrupted) -> str:
     "Why and where a run stopped, and the line to type."
     said = f"stopped by {stopped.why} after step {stopped.step}"
