@@ -7,7 +7,7 @@ __all__ = ['SAFETY', 'MIN_TOKENS', 'choose_device', 'use_threads', 'choose_dtype
            'step_shape', 'has_expanded_heads', 'Change', 'Plan', 'time_text', 'changes_table', 'placement_text',
            'plan_text', 'plan_table', 'to_gib', 'layers_asked_for', 'divisions', 'suggest_changes', 'enough_processes',
            'make_plan', 'settings_to_try', 'shorter_rows', 'with_changes', 'planned_change', 'helps', 'Target',
-           'target_of', 'plan']
+           'target_of', 'BaseToPlan', 'base_to_plan', 'plan']
 
 # %% ../../nbs/train/69_plan.ipynb #imports
 import os
@@ -19,10 +19,10 @@ import torch
 
 from ..core.config import ConfigError
 from ..core.display import Table
-from ..core.hub import local_model
+from ..core.hub import HubError, local_model, released, SHAPES
 from ..core.settings import check_paths, load_args, TrainArgs
 from ..data.cache import available_cores
-from ..model.args import declared_storage, load_model_args, ModelArgs
+from ..model.args import declared_storage, from_params, load_model_args, ModelArgs
 from ..model.attention import has_varlen
 from ..model.weights import file_dtype, storage_of
 from .memory import Memory, step_memory, StepShape
@@ -391,6 +391,36 @@ def target_of(args: TrainArgs, gpu: str | float | None = None) -> Target:
     card = known_card(name) if device == "cuda" else cpu_card(torch.get_num_threads())
     return Target(asked or free, name, card, device)
 
+# %% ../../nbs/train/69_plan.ipynb #base
+@dataclass(frozen=True)
+class BaseToPlan:
+    "What a plan knows of a model: a folder, with its weights or without, or only a name."
+    shape: ModelArgs
+    folder: Path | None = None
+    packed: str = "none"  # how the folder says that its matrices are stored
+    stored: torch.dtype = torch.bfloat16
+    has_weights: bool = False
+
+    def storage(self, quantize: str) -> str:
+        "Of the matrices once they are loaded"
+        if self.has_weights: return storage_of(self.folder, quantize)
+        return self.packed if quantize == "none" else quantize
+
+
+def base_to_plan(args: TrainArgs) -> tuple[TrainArgs, BaseToPlan]:
+    "The settings with the model's folder, and the model; a released one need not be here."
+    try: args = check_paths(local_model(args))
+    except HubError:
+        known = released(args.model_id_or_path)
+        params = SHAPES[known.family].params if known and not known.why_not else None
+        if not params: raise
+        return args, BaseToPlan(from_params(params))
+    folder = Path(args.model_id_or_path)
+    shape = load_model_args(folder)  # says first if this model cannot be trained
+    has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.pth"))
+    stored = file_dtype(folder) if has_weights else torch.bfloat16
+    return args, BaseToPlan(shape, folder, declared_storage(folder), stored, has_weights)
+
 # %% ../../nbs/train/69_plan.ipynb #plan-function
 def plan(
     source: str | Path | dict | TrainArgs | None = None,  # settings, as for Trainer
@@ -399,20 +429,15 @@ def plan(
     **values: Any,  # settings by name
 ) -> Plan:
     "What the run of these settings needs of a device, how long it takes, and what could be changed."
-    args = check_paths(local_model(load_args(source, *overrides, **values)))
-    folder = Path(args.model_id_or_path)
-    model = load_model_args(folder)  # says first if this model cannot be trained
-    has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.pth"))  # params.json alone will do
-    stored = file_dtype(folder) if has_weights else torch.bfloat16
-    target, packed = target_of(args, gpu), declared_storage(folder)
+    args, base = base_to_plan(load_args(source, *overrides, **values))
+    target = target_of(args, gpu)
 
     def again(args: TrainArgs) -> Plan:
-        if has_weights: storage = storage_of(folder, args.quantize)
-        else: storage = packed if args.quantize == "none" else args.quantize
-        dtype = target.dtype(args, stored)
+        dtype = target.dtype(args, base.stored)
         return make_plan(
-            args, model, dtype, target.budget, target.name, None, storage, target.expanded(dtype),
-            args.world_size or 1, card=target.card, context=min(args.seq_len, 1024) / 2,
+            args, base.shape, dtype, target.budget, target.name, None, base.storage(args.quantize),
+            target.expanded(dtype), args.world_size or 1, card=target.card,
+            context=min(args.seq_len, 1024) / 2,
         )
 
-    return with_changes(args, again, packed != "none")
+    return with_changes(args, again, base.packed != "none")

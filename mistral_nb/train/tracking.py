@@ -217,14 +217,14 @@ def rewrite_folder(args: TrainArgs, records: list[StepLog]) -> JsonLines:
     return lines
 
 
-def revive(log: "RunLog") -> None:
-    "Make a run_dir that has vanished again, with the records of this session."
+def revive(args: TrainArgs, records: list[StepLog], sinks: list[Sink]) -> list[Sink]:
+    "Make a run_dir that has vanished again, with the records of this session; returns where they go now."
     lost = "it is made again, and its older records and checkpoints are lost"
-    warnings.warn(f"{log.args.run_dir} has vanished: {lost}", stacklevel=4)
-    services = [s for s in log.sinks if isinstance(s, Service)]
-    for sink in log.sinks:
+    warnings.warn(f"{args.run_dir} has vanished: {lost}", stacklevel=4)
+    services = [s for s in sinks if isinstance(s, Service)]
+    for sink in sinks:
         if sink not in services: sink.close()
-    log.sinks = [rewrite_folder(log.args, log.history.records[:-1]), *services]
+    return [rewrite_folder(args, records), *services]
 
 # %% ../../nbs/train/67_tracking.ipynb #run-log
 class RunLog:
@@ -237,7 +237,8 @@ class RunLog:
 
     def __call__(self, record: StepLog, due: bool = True) -> None:
         "Send a record, the last one of the history, if it is due, or has an evaluation or a checkpoint"
-        if self.writes and not Path(self.args.run_dir).is_dir(): revive(self)
+        if self.writes and not Path(self.args.run_dir).is_dir():
+            self.sinks = revive(self.args, self.history.records[:-1], self.sinks)
         said = due or record.eval or record.checkpoint
         for sink in self.sinks:
             if record.eval: sink.log(record.eval)
