@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['DEMO_SHAPE', 'V3_TOKENIZER', 'DEMO_FACTS', 'WEATHER_TOOL', 'MENU_ITEMS', 'DAYS', 'PRICE_QUESTIONS', 'PRICE_ANSWERS',
-           'Talk', 'PRICE_TOOL', 'FOREIGN_FILES', 'make_model', 'chat_row', 'held_out', 'sample_rows', 'json_lines',
-           'make_data', 'make_demo', 'foreign_talk', 'as_messages', 'ultrachat_row', 'glaive_row', 'alpaca_row',
-           'code_alpaca_row', 'openai_rows', 'foreign_row', 'foreign_rows', 'make_foreign', 'demo_settings',
-           'new_run_dir', 'count_exact']
+           'Talk', 'PRICE_TOOL', 'FOREIGN_FILES', 'PRICES', 'PRICE_ASKED', 'PRICE_HELD_OUT', 'SUM_ASKED',
+           'REASONING_MARKS', 'make_model', 'chat_row', 'held_out', 'sample_rows', 'json_lines', 'make_data',
+           'make_demo', 'foreign_talk', 'as_messages', 'ultrachat_row', 'glaive_row', 'alpaca_row', 'code_alpaca_row',
+           'openai_rows', 'foreign_row', 'foreign_rows', 'make_foreign', 'price_row', 'sum_row', 'make_tool_data',
+           'make_reasoning_model', 'demo_settings', 'new_run_dir', 'count_exact']
 
 # %% ../nbs/79_demo.ipynb #imports
 import hashlib
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +314,65 @@ def make_foreign(folder: str | Path, n: int = 40, seed: int = 0) -> list[Path]:
         else: write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
         paths.append(path)
     return paths
+
+# %% ../nbs/79_demo.ipynb #tool-data
+PRICES = {"tea": 240, "espresso": 190, "scone": 310, "tart": 420, "lemonade": 280, "bagel": 360}  # cents
+PRICE_ASKED = ["What does a {} cost?", "How much is the {}?", "Price of a {}, please."]
+PRICE_HELD_OUT = ["What do I pay for a {}?", "Tell me the price of the {}."]
+SUM_ASKED = ["What are {} {}s?", "How much for {} {}s?", "I take {} {}s."]
+
+
+def price_row(question: str, thing: str) -> dict:
+    "A row as in Glaive's function calling: a call, its result, an answer."
+    said = {
+        "system": "You help in a café, with access to functions: " + json.dumps(PRICE_TOOL),
+        "human": question, "function-call": json.dumps(dict(name="price", arguments=dict(thing=thing))),
+        "function-response": json.dumps({"cents": PRICES[thing]}),
+        "gpt": f"A {thing} costs {PRICES[thing]} cents.",
+    }
+    talk = [{"from": who, "value": text} for who, text in said.items()]
+    return {"function_description": json.dumps(PRICE_TOOL, indent=4), "conversations": talk}
+
+
+def sum_row(question: str, n: int, thing: str) -> dict:
+    "A row whose answer begins with a thought."
+    cents = PRICES[thing]
+    thought = f"One {thing} is {cents} cents, and {n} times {cents} is {n * cents}."
+    return chat_row(question, f"<think>{thought}</think>{n * cents} cents.")
+
+
+def make_tool_data(folder: str | Path) -> Path:
+    "Write `calls.jsonl`, `calls_eval.jsonl` and `thoughts.jsonl`; returns the folder."
+    folder = Path(folder)
+    for name, asked in (("calls.jsonl", PRICE_ASKED), ("calls_eval.jsonl", PRICE_HELD_OUT)):
+        write_atomic(folder / name, json_lines([price_row(q.format(t), t) for t in PRICES for q in asked]))
+    sums = [sum_row(q.format(n, t), n, t) for t in PRICES for n in (2, 3) for q in SUM_ASKED]
+    write_atomic(folder / "thoughts.jsonl", json_lines(sums))
+    return folder
+
+# %% ../nbs/79_demo.ipynb #reasoning-model
+REASONING_MARKS = (
+    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] "
+    "[TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] "
+    "[/SYSTEM_PROMPT] [TOOL_CONTENT] [ARGS] [CALL_ID] [THINK] [/THINK]"
+).split()
+
+
+def make_reasoning_model(folder: str | Path, seed: int = 0, vocab_size: int = 8192) -> Path:
+    "Write a demo model whose tokenizer has marks for calls with arguments and for thoughts; returns it."
+    folder = Path(folder)
+    shape = replace(DEMO_SHAPE, vocab_size=vocab_size)
+    save_model(init_model(shape, seed).state_dict(), shape, folder)
+    spec = json.loads((Path(mistral_common.__file__).parent / "data/tekken_240718.json").read_text())
+    marks = [dict(rank=i, token_str=mark, is_control=True) for i, mark in enumerate(REASONING_MARKS)]
+    kept = spec["vocab"][: vocab_size - 100]
+    spec |= dict(special_tokens=marks, vocab=kept)
+    spec["config"] |= dict(
+        version="v13", default_num_special_tokens=100, default_vocab_size=vocab_size,
+        num_vocab_tokens=len(kept),
+    )
+    write_atomic(folder / "tekken.json", json.dumps(spec))
+    return folder
 
 # %% ../nbs/79_demo.ipynb #settings
 def demo_settings(folder: str | Path, run_dir: str | Path, **changes: Any) -> dict:
