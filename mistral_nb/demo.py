@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEMO_SHAPE', 'V3_TOKENIZER', 'DEMO_FACTS', 'WEATHER_TOOL', 'MENU_ITEMS', 'DAYS', 'PRICE_QUESTIONS', 'PRICE_ANSWERS',
-           'Talk', 'PRICE_TOOL', 'FOREIGN_FILES', 'PRICES', 'PRICE_ASKED', 'PRICE_HELD_OUT', 'SUM_ASKED',
+           'Talk', 'PRICE_TOOL', 'FOREIGN_FILES', 'PRICES', 'CENTS_TOOL', 'PRICE_ASKED', 'PRICE_HELD_OUT', 'SUM_ASKED',
            'REASONING_MARKS', 'make_model', 'chat_row', 'held_out', 'sample_rows', 'json_lines', 'make_data',
            'make_demo', 'foreign_talk', 'as_messages', 'ultrachat_row', 'glaive_row', 'alpaca_row', 'code_alpaca_row',
            'openai_rows', 'foreign_row', 'foreign_rows', 'make_foreign', 'price_row', 'sum_row', 'make_tool_data',
@@ -317,6 +317,7 @@ def make_foreign(folder: str | Path, n: int = 40, seed: int = 0) -> list[Path]:
 
 # %% ../nbs/79_demo.ipynb #tool-data
 PRICES = {"tea": 240, "espresso": 190, "scone": 310, "tart": 420, "lemonade": 280, "bagel": 360}  # cents
+CENTS_TOOL = PRICE_TOOL | {"description": "The price of a thing in cents"}
 PRICE_ASKED = ["What does a {} cost?", "How much is the {}?", "Price of a {}, please."]
 PRICE_HELD_OUT = ["What do I pay for a {}?", "Tell me the price of the {}."]
 SUM_ASKED = ["What are {} {}s?", "How much for {} {}s?", "I take {} {}s."]
@@ -325,13 +326,13 @@ SUM_ASKED = ["What are {} {}s?", "How much for {} {}s?", "I take {} {}s."]
 def price_row(question: str, thing: str) -> dict:
     "A row as in Glaive's function calling: a call, its result, an answer."
     said = {
-        "system": "You help in a café, with access to functions: " + json.dumps(PRICE_TOOL),
+        "system": "You help in a café.",
         "human": question, "function-call": json.dumps(dict(name="price", arguments=dict(thing=thing))),
         "function-response": json.dumps({"cents": PRICES[thing]}),
         "gpt": f"A {thing} costs {PRICES[thing]} cents.",
     }
     talk = [{"from": who, "value": text} for who, text in said.items()]
-    return {"function_description": json.dumps(PRICE_TOOL, indent=4), "conversations": talk}
+    return {"function_description": json.dumps(CENTS_TOOL, indent=4), "conversations": talk}
 
 
 def sum_row(question: str, n: int, thing: str) -> dict:
