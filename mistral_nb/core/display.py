@@ -122,7 +122,7 @@ class Table:
         align = ["right" if self._is_number(i) else "left" for i in range(len(self.header))]
         head = html_row(map(escape, self.header), "th", align)
         body = "".join(html_row((escape(cell_text(c)) for c in row), "td", align) for row in self.rows)
-        title = f"<div><b>{escape(self.title)}</b></div>" if self.title else ""
+        title = "".join(f"<div><b>{escape(line)}</b></div>" for line in self.title.splitlines())
         box = '<div class="tex2jax_ignore mathjax_ignore" style="overflow-x:auto">'
         return f"{box}{title}<table>{head}{body}</table></div>"
 
