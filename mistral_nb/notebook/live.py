@@ -195,7 +195,7 @@ class LiveTrainer(loop.Trainer):
 
     def look(self, view: View) -> None:
         "What a view cannot know from records"
-        view.saved = str(self.history.checkpoint or "")
+        view.saved = str(self.run.writer.newest or self.history.checkpoint or "")
         view.samples = answer_rows(self.history.samples)
         long = (view.seconds_left or 0) > LONG_RUN and not view.detail
         if long: view.detail = OFFER
