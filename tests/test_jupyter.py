@@ -1,4 +1,4 @@
-"The live pane in JupyterLab, in a real browser: it grows, its buttons steer, and a saved notebook stays whole."
+"The live pane in JupyterLab and a real browser: it grows, its buttons steer, a saved notebook stays whole."
 import base64
 import json
 import os
@@ -31,6 +31,7 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.joi
 
 HTML, WIDGET = "text/html", "application/vnd.jupyter.widget-view+json"
 WIDGETS = {WIDGET, "application/vnd.jupyter.widget-state+json"}
+SESSION = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session"  # of the open notebook
 PICTURE = 'src="data:image/svg+xml;base64,'
 BUTTONS = ["Stop", "Pause", "Checkpoint"]
 START = """
@@ -39,17 +40,18 @@ from mistral_nb.demo import demo_settings
 settings = demo_settings({demo!r}, {run!r}, max_steps={steps}, seq_len=512, no_eval=True, log_freq=1)
 """
 FIT, NEXT = "trainer = Trainer(settings)\nhistory = trainer.fit()", "print(len(history.records))"
-LAUNCH, OTHER = "job = launch(settings, nproc_per_node=1)\njob", "import time\ntime.sleep(4)"
+LAUNCH = "job = launch(settings, nproc_per_node=1)\njob"
+OTHER = "import os, time\nwhile not os.path.exists({file!r}): time.sleep(0.1)"
 
 # What a cell shows: its prompt, its text, the buttons that can be seen, and its pictures
 LOOK = """i => {
-    const cell = jupyterapp.shell.currentWidget.content.widgets[i], node = cell.node
-    const out = node.querySelector('.jp-OutputArea'), seen = e => e.offsetParent !== null
-    const pictures = [...node.querySelectorAll('img[src^="data:image/svg+xml"]')].filter(seen)
+    const node = jupyterapp.shell.currentWidget.content.widgets[i].node
+    const seen = kind => [...node.querySelectorAll(kind)].filter(e => e.offsetParent)
+    const text = kind => seen(kind).map(e => e.innerText.trim())
     return {
-        prompt: node.querySelector('.jp-InputPrompt').innerText.trim(), text: out ? out.innerText : '',
-        pictures: pictures.map(e => e.src),
-        buttons: [...node.querySelectorAll('button.jupyter-button')].filter(seen).map(e => e.innerText.trim()),
+        prompt: text('.jp-InputPrompt').join(), text: text('.jp-OutputArea-output').join('\\n'),
+        pictures: seen('img[src^="data:image/svg+xml"]').map(e => e.src),
+        buttons: text('button.jupyter-button'),
     }
 }"""
 # How a pane stands on its page: what is wider than its place, and how its text stands out
@@ -61,8 +63,9 @@ PLACE = """i => {
     const scrolls = parts.filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 1)
     const picture = area.querySelector('img[alt="loss over steps"]'), pane = picture.parentElement
     const rgba = text => { const n = text.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n }
+    const clear = e => rgba(getComputedStyle(e).backgroundColor)[3] < 1
     let back = pane
-    while (back && rgba(getComputedStyle(back).backgroundColor)[3] < 1) back = back.parentElement
+    while (back.parentElement && clear(back)) back = back.parentElement
     const linear = v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4
     const light = c => .2126 * linear(c[0]) + .7152 * linear(c[1]) + .0722 * linear(c[2])
     const colours = [getComputedStyle(pane).color, getComputedStyle(back).backgroundColor].map(rgba)
@@ -70,7 +73,8 @@ PLACE = """i => {
     const name = e => `${e.tagName} ${e.className}`
     return {
         width: picture.getBoundingClientRect().width, wide: wide.map(name), scrolls: scrolls.map(name),
-        contrast: (high + .05) / (low + .05), back: colours[1].slice(0, 3),
+        contrast: (high + .05) / (low + .05), theme: light(colours[1]) < .5 ? 'Dark' : 'Light',
+        ready: colours[1][3] === 1, inner: innerWidth,
     }
 }"""
 
@@ -123,12 +127,12 @@ class Notebook:
 
     def wait_ready(self) -> None:
         "Until its cells are there, and a kernel"
-        ready = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.info"
-        self.page.wait_for_function(ready, timeout=60_000)
+        self.page.wait_for_function(f"() => {SESSION}?.kernel?.info", timeout=60_000)
 
     def command(self, name: str, **options: Any) -> None:
         "Run a command of JupyterLab's, and do not wait for it to end"
-        self.page.evaluate("([name, options]) => { jupyterapp.commands.execute(name, options) }", [name, options])
+        script = "([name, options]) => { jupyterapp.commands.execute(name, options) }"
+        self.page.evaluate(script, [name, options])
 
     def run(self, cell: int) -> None:
         self.page.evaluate("i => { jupyterapp.shell.currentWidget.content.activeCellIndex = i }", cell)
@@ -157,7 +161,9 @@ class Notebook:
         def grown(s: Seen) -> bool: return s.step >= was.step + by and s.points >= was.points + by
         return self.wait_for(cell, grown, f"step {was.step + by}")
 
-    def click(self, name: str) -> None: self.page.get_by_role("button", name=name, exact=True).click()
+    def click(self, cell: int, name: str) -> None:
+        place = self.page.locator(".jp-Notebook .jp-Cell").nth(cell)
+        place.get_by_role("button", name=name, exact=True).click()
 
     def save(self) -> dict:
         "Save it; what stands in the file"
@@ -168,19 +174,25 @@ class Notebook:
         folder = Path(os.environ.get("PICTURES") or self.file.parent)
         self.page.screenshot(path=str(folder / f"{name}.png"))
 
+    def place(self, cell: int, theme: str, width: int) -> dict:
+        "How a pane stands on the page, as soon as theme and width are these and it fits, or after a while"
+        self.command("apputils:change-theme", theme=f"JupyterLab {theme}")
+        self.page.set_viewport_size(dict(width=width, height=900))
+        until = time.monotonic() + 10
+        while (found := self.page.evaluate(PLACE, cell)) and time.monotonic() < until:
+            shown = found["ready"] and (found["theme"], found["inner"]) == (theme, width)
+            if shown and not found["wide"] and not found["scrolls"]: break
+            self.page.wait_for_timeout(100)
+        return found
+
     def check_place(self, cell: int, name: str) -> None:
         "In a wide and a narrow window, light and dark: the pane keeps to its place, and can be read"
-        for theme in ("Light", "Dark"):
-            self.page.evaluate("t => jupyterapp.commands.execute('apputils:change-theme', {theme: t})", f"JupyterLab {theme}")
-            for width in (1280, 700):
-                self.page.set_viewport_size(dict(width=width, height=900))
-                self.page.wait_for_timeout(400)  # until it is laid out
-                found = self.page.evaluate(PLACE, cell)
+        for theme in ("Dark", "Light"):
+            for width in (700, 1280):
+                found = self.place(cell, theme, width)
                 self.picture(f"{name}-{theme.lower()}-{width}")
                 assert found["wide"] == [] and found["scrolls"] == [] and found["width"] > 350, found
-                assert found["contrast"] > 7 and (max(found["back"]) < 60) == (theme == "Dark"), found
-        self.page.evaluate("() => jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
-        self.page.set_viewport_size(dict(width=1280, height=900))
+                assert found["theme"] == theme and found["contrast"] > 7, found
 
 
 @dataclass
@@ -191,12 +203,7 @@ class Lab:
     token: str
     browser: Any
 
-    def write(self, name: str, *cells: str) -> Path:
-        "A new notebook"
-        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in cells])
-        nb.metadata.kernelspec = dict(display_name="python3", language="python", name="python3")
-        nbformat.write(nb, self.folder / name)
-        return self.folder / name
+    def write(self, name: str, *cells: str) -> Path: return write_notebook(self.folder / name, *cells)
 
     def open(self, file: Path) -> Notebook:
         "Open it, in a page of its own"
@@ -205,10 +212,18 @@ class Lab:
 
     def close(self, notebook: Notebook) -> None:
         "Close the page, and end its kernel"
-        kernel = notebook.page.evaluate("() => jupyterapp.shell.currentWidget.sessionContext.session.kernel.id")
+        kernel = notebook.page.evaluate(f"() => {SESSION}.kernel.id")
         notebook.page.context.close()
         headers = {"Authorization": f"token {self.token}"}
         urlopen(Request(f"{self.url}/api/kernels/{kernel}", headers=headers, method="DELETE"), timeout=60)
+
+
+def write_notebook(file: Path, *cells: str) -> Path:
+    "A new notebook of cells with code"
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in cells])
+    nb.metadata.kernelspec = dict(display_name="python3", language="python", name="python3")
+    nbformat.write(nb, file)
+    return file
 
 
 def free_port() -> int:
@@ -294,16 +309,16 @@ def check_opened(lab: Lab, file: Path, cell: int, name: str) -> None:
 
 def steer(notebook: Notebook, run: Path) -> None:
     "A checkpoint, a pause, and on again, by the buttons of the cell that trains"
-    notebook.click("Checkpoint")
+    notebook.click(1, "Checkpoint")
     saved = wait(lambda: checkpoints(run), "a checkpoint")
     notebook.wait_for(1, lambda s: f"saved {saved[0].name}" in s.text, "the checkpoint's name")
-    notebook.click("Pause")
+    notebook.click(1, "Pause")
     notebook.wait_for(1, lambda s: s.phase == "paused" and "Go on" in s.buttons, "the pause")
     notebook.page.wait_for_timeout(1000)  # the step that was at work, by far
     done = steps_done(run)
     notebook.check_place(1, "paused")
     assert steps_done(run) == done and notebook.look(1).phase == "paused"
-    notebook.click("Go on")
+    notebook.click(1, "Go on")
     notebook.wait_for(1, lambda s: s.phase == "training" and s.step >= done + 3, "more steps")
 
 
@@ -315,7 +330,7 @@ def test_a_cell_that_trains(lab, small_demo, tmp_path):
     notebook.command("notebook:run-all-cells")
     assert notebook.grows(1).busy and notebook.look(1).buttons == BUTTONS
     steer(notebook, run)
-    notebook.click("Stop")
+    notebook.click(1, "Stop")
     seen = notebook.wait_done(1)
     assert seen.phase == "stopped" and "trainer.fit(resume=True)" in seen.text and seen.buttons == []
     seen = notebook.wait_done(2)
@@ -323,3 +338,63 @@ def test_a_cell_that_trains(lab, small_demo, tmp_path):
     check_static(notebook.save(), 1, notebook.file.stat().st_size)
     lab.close(notebook)
     check_opened(lab, notebook.file, 1, "fit")
+
+
+def while_another_cell_runs(notebook: Notebook) -> None:
+    "The pane goes on, and is heard"
+    notebook.run(2)
+    notebook.wait_for(2, lambda s: s.busy, "the other cell")
+    notebook.grows(1)
+    notebook.click(1, "Pause")
+    notebook.wait_for(1, lambda s: s.phase == "paused" and "Go on" in s.buttons, "the pause")
+    notebook.check_place(1, "job")
+    notebook.click(1, "Go on")
+    notebook.click(1, "Checkpoint")
+    notebook.wait_for(1, lambda s: "saved checkpoint_" in s.text, "the checkpoint")
+    assert notebook.look(2).busy
+
+
+def load_again(notebook: Notebook) -> None:
+    "The pane, which a page has from the notebook's file, lives on"
+    notebook.save()
+    notebook.page.reload()
+    notebook.wait_ready()
+    assert notebook.grows(1).buttons == BUTTONS
+
+
+def test_a_job(lab, small_demo, tmp_path):
+    "The kernel is free, the pane goes on while another cell runs and after a reload, and its buttons work"
+    run, file = tmp_path / "run", tmp_path / "free"
+    start = START.format(demo=str(small_demo), run=str(run), steps=5000)
+    notebook = lab.open(lab.write("job.ipynb", start, LAUNCH, OTHER.format(file=str(file)), "job"))
+    for cell in (0, 1): notebook.run(cell)
+    notebook.wait_done(1)
+    notebook.grows(1)
+    while_another_cell_runs(notebook)
+    file.touch()
+    notebook.wait_done(2)
+    load_again(notebook)
+    notebook.run(3)
+    notebook.grows(3)
+    notebook.click(1, "Stop")
+    for cell in (1, 3):
+        seen = notebook.wait_for(cell, lambda s: s.phase == "stopped" and not s.buttons, "the stop")
+        assert "launch(…, resume=True)" in seen.text and seen.points > 1
+    notebook.picture("job-stopped")
+    assert checkpoints(run) and steps_done(run) < 5000
+    nb = notebook.save()  # the first pane is a widget for ever: the page that knew its name is gone
+    check_static(nb | dict(cells=nb["cells"][3:]), 0, notebook.file.stat().st_size)
+    lab.close(notebook)
+
+
+def test_without_a_page(small_demo, tmp_path, shell_env):
+    "The same notebook, run by a program: one plain picture, which says the end, and no widget"
+    start = START.format(demo=str(small_demo), run=str(tmp_path / "run"), steps=20)
+    file = write_notebook(tmp_path / "run.ipynb", start, FIT, NEXT)
+    nb = nbformat.read(file, as_version=4)
+    env = {k: v for k, v in shell_env.items() if k != "JPY_SESSION_NAME"}
+    nbclient.NotebookClient(nb, timeout=120).execute(env=env)
+    nbformat.write(nb, file)
+    check_static(nb, 1, file.stat().st_size)
+    (shown,), (printed,) = (nb.cells[i].outputs for i in (1, 2))
+    assert "finished, step 20 of 20" in shown.data["text/plain"] and printed.text == "20\n"

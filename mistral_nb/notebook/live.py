@@ -169,7 +169,6 @@ def keep_live(read: Callable[[], View], run: Steered, every: float = 0.5) -> Thr
             box.value = pane_html(page.view)
         buttons.close()
         handle.update({"text/html": pane_html(page.view), "text/plain": pane_text(page.view)}, raw=True)
-        box.close()
 
     thread = Thread(target=keep, daemon=True)
     thread.start()
