@@ -22,7 +22,7 @@ SMALL = ModelArgs(
     rope_theta=1e6,
 )
 LONGEST = (
-    "test_ranks test_faults test_launch test_kills test_train test_check test_cli "
+    "test_ranks test_faults test_launch test_kills test_train test_jupyter test_check test_cli "
     "test_benchmarks test_variants"
 ).split()
 

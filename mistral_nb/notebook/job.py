@@ -22,7 +22,7 @@ from ..core.config import ConfigError, require
 from ..core.display import in_notebook, short_path
 from ..core.files import write_atomic
 from .failure import attempt_folders, diagnose, JobFailedError, screen_text
-from .live import ENDED, has_buttons, keep_live, show_in_place, show_live
+from .live import ENDED, GO_ON, has_buttons, keep_live, show_in_place, show_live
 from .processes import find_processes, process_tree, send_signal
 from .records import RecordReader
 from ..train.metrics import History, read_phase, read_samples_log, answer_rows, show_progress
@@ -195,6 +195,7 @@ def view_of(job: Job) -> View:
     began, newest = (job.folder / "job.json").stat().st_mtime, job.run_dir / "metrics.train.jsonl"
     at = time.time() if phase not in ENDED or not newest.exists() else newest.stat().st_mtime
     why = str(diagnose(job.folder) or "") if state == "failed" else ""
+    if state == "stopped" and job.checkpoint: why = GO_ON
     total, name = job.job["max_steps"], short_path(job.run_dir)
     view = View(name, total, phase, why, found, began=began, at=at)
     look_at(job, view)

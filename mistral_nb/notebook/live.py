@@ -169,7 +169,6 @@ def keep_live(read: Callable[[], View], run: Steered, every: float = 0.5) -> Thr
             box.value = pane_html(page.view)
         buttons.close()
         handle.update({"text/html": pane_html(page.view), "text/plain": pane_text(page.view)}, raw=True)
-        box.close()
 
     thread = Thread(target=keep, daemon=True)
     thread.start()
@@ -195,7 +194,7 @@ class LiveTrainer(loop.Trainer):
 
     def look(self, view: View) -> None:
         "What a view cannot know from records"
-        view.saved = str(self.history.checkpoint or "")
+        view.saved = str(self.run.writer.newest or self.history.checkpoint or "")
         view.samples = answer_rows(self.history.samples)
         long = (view.seconds_left or 0) > LONG_RUN and not view.detail
         if long: view.detail = OFFER

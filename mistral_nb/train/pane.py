@@ -154,6 +154,7 @@ def svg_grid(scale: Scale, rows: int = 4) -> str:
         out.append(f'<text x="{scale.left - 6}" y="{y + 4:.1f}" text-anchor="end" {_TEXT}>{value:.3g}</text>')
         below = scale.height - scale.bottom + 16
         step = f"{scale.last * share:,.0f}"
+        x = min(x, scale.width - 3.2 * len(step))  # a long number stays inside
         out.append(f'<text x="{x:.1f}" y="{below}" text-anchor="middle" {_TEXT}>{step}</text>')
     return "".join(out)
 
