@@ -11,6 +11,7 @@ import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
+SKIP = "skip-execution"
 SKIPPED = re.compile(r"^#\|\s*(cuda|slow|net|eval:\s*false)", re.M)
 
 
@@ -26,13 +27,14 @@ def run(path: Path) -> None:
     nb = nbformat.read(path, as_version=4)
     for cell in nb.cells:
         if cell.cell_type == "code" and SKIPPED.search(cell.source):
-            cell.metadata["tags"] = [*cell.metadata.get("tags", []), "skip-execution"]
+            cell.metadata["tags"] = [*cell.metadata.get("tags", []), SKIP]
     client = NotebookClient(
         nb, timeout=900, coalesce_streams=True, resources={"metadata": {"path": str(path.parent)}}
     )
     client.execute()
     for cell in nb.cells:
-        if "tags" in cell.metadata: cell.metadata.pop("tags")
+        tags = [tag for tag in cell.metadata.pop("tags", []) if tag != SKIP]
+        if tags: cell.metadata["tags"] = tags
         if cell.cell_type == "code":
             cell.outputs = [
                 neutral(o) for o in cell.outputs if o.get("name") != "stderr"
