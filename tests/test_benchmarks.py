@@ -11,7 +11,8 @@ COMMANDS = {
     "step.py": ["--tiny", "--moe", "--steps", "1"], "tokens.py": ["--tiny"], "quant.py": ["--tiny"],
     "load.py": ["--tiny", "--kinds", "none", "nf4"],
     "scale.py": ["--tiny", "--kinds", "none", "--processes", "1", "2"],
-    "generate.py": ["--tiny"], "export.py": ["--tiny", "--layers", "1", "--cases", "peft", "hf"],
+    "generate.py": ["--tiny"], "pane.py": ["--tiny"],
+    "export.py": ["--tiny", "--layers", "1", "--cases", "peft", "hf"],
     "gpu.py": ["--tiny", "--steps", "1", "--storages", "none", "nf4", "--parts", "experts"],
 }
 
