@@ -19,15 +19,15 @@ from urllib.request import Request, urlopen
 import nbclient
 import nbformat
 import pytest
-from conftest import ended, steps_done
+from conftest import steps_done
 
 from mistral_nb.notebook.processes import process_tree, send_signal
 from mistral_nb.train.run_dir import checkpoints
+from mistral_nb.train.stop import process_id
 
 CHROME = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NEEDED = dict(jupyterlab=find_spec("jupyterlab"), playwright=find_spec("playwright"), chromium=CHROME)
 MISSING = [name for name, found in NEEDED.items() if not found]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 
 HTML, WIDGET = "text/html", "application/vnd.jupyter.widget-view+json"
 WIDGETS = {WIDGET, "application/vnd.jupyter.widget-state+json"}
@@ -178,10 +178,10 @@ class Notebook:
         "How a pane stands on the page, as soon as theme and width are these and it fits, or after a while"
         self.command("apputils:change-theme", theme=f"JupyterLab {theme}")
         self.page.set_viewport_size(dict(width=width, height=900))
-        until = time.monotonic() + 10
+        until = time.monotonic() + 30
         while (found := self.page.evaluate(PLACE, cell)) and time.monotonic() < until:
             shown = found["ready"] and (found["theme"], found["inner"]) == (theme, width)
-            if shown and not found["wide"] and not found["scrolls"]: break
+            if shown and found["width"] and not found["wide"] and not found["scrolls"]: break
             self.page.wait_for_timeout(100)
         return found
 
@@ -245,14 +245,15 @@ def end(process: subprocess.Popen) -> None:
     process.send_signal(signal.SIGTERM)  # it ends its kernels
     try: process.wait(20)
     except subprocess.TimeoutExpired: pass
-    send_signal([pid for pid in members if Path(f"/proc/{pid}").exists()], signal.SIGKILL)
+    send_signal(members, signal.SIGKILL)
     process.wait()
-    assert ended(members)
+    wait(lambda: not any(map(process_id, members)), "the end of all that JupyterLab started")
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory, shell_env):
     "A server on loopback with folders of its own, so that no setting of the user's counts, and a browser"
+    if MISSING: pytest.skip(f"not installed: {', '.join(MISSING)}")
     from playwright.sync_api import sync_playwright
     folder, port, token = tmp_path_factory.mktemp("lab"), free_port(), secrets.token_hex(16)
     (folder / "notebooks").mkdir()
@@ -291,7 +292,7 @@ def check_static(nb: dict, cell: int, size: int) -> None:
     assert not any("error" in o["output_type"] for o in outputs)
 
 
-def check_opened(lab: Lab, file: Path, cell: int, name: str) -> None:
+def check_opened(lab: Lab, file: Path, cell: int) -> None:
     "Opened again without the kernel it ran in, and by somebody who does not trust it, it shows the pane"
     foreign = json.loads(file.read_text())
     foreign["cells"].append(dict(nbformat.v4.new_markdown_cell("changed, so its signature is gone")))
@@ -337,7 +338,7 @@ def test_a_cell_that_trains(lab, small_demo, tmp_path):
     assert int(seen.text) == steps_done(run) < 5000 and not (run / "PAUSE").exists()
     check_static(notebook.save(), 1, notebook.file.stat().st_size)
     lab.close(notebook)
-    check_opened(lab, notebook.file, 1, "fit")
+    check_opened(lab, notebook.file, 1)
 
 
 def while_another_cell_runs(notebook: Notebook) -> None:
