@@ -388,6 +388,47 @@ def test_a_job(lab, small_demo, tmp_path):
     lab.close(notebook)
 
 
+TALK = "trainer = Trainer(settings)\nled = talk(trainer, max_tokens=6, file={file!r})\nled"
+LONG = "led.box.w.most.value = 3000"
+
+
+def ask(notebook: Notebook, cell: int, text: str) -> None:
+    "Write into the box, and click"
+    notebook.page.fill('textarea[placeholder="ask something"]', text)
+    notebook.click(cell, "Ask")
+
+
+def test_a_conversation(lab, small_demo, tmp_path):
+    "Both sides answer, Stop is heard, a row goes into a file, and Close leaves plain output"
+    file = tmp_path / "more.jsonl"
+    start = START.format(demo=str(small_demo), run=str(tmp_path / "run"), steps=5)
+    start = start.replace("launch, Trainer", "talk, Trainer")
+    notebook = lab.open(lab.write("talk.ipynb", start, TALK.format(file=str(file)), LONG))
+    for cell in (0, 1): notebook.run(cell)
+    notebook.wait_for(1, lambda s: "Ask" in s.buttons, "the box")
+    ask(notebook, 1, "Do <b>you</b> have a cat?")
+    seen = notebook.wait_for(1, lambda s: s.text.count("…") == 2, "both answers")
+    assert "Do <b>you</b> have a cat?" in seen.text and "base" in seen.text and "tuned" in seen.text
+    notebook.page.get_by_text("as training data").click()
+    notebook.picture("talk")
+    notebook.click(1, "Add to training data")
+    notebook.wait_for(1, lambda s: "more.jsonl:1" in s.text, "the row's place")
+    (row,) = map(json.loads, file.read_text().splitlines())
+    assert row["messages"][0]["content"] == "Do <b>you</b> have a cat?" and len(row["messages"]) == 2
+    notebook.run(2)
+    notebook.wait_done(2)
+    ask(notebook, 1, "And a dog?")
+    notebook.wait_for(1, lambda s: s.text.count("…") == 3, "the beginning of a long answer")
+    notebook.click(1, "Stop")
+    notebook.click(1, "Close")
+    seen = notebook.wait_for(1, lambda s: not s.buttons, "plain output")
+    assert "And a dog?" in seen.text
+    nb = notebook.save()
+    assert not WIDGETS & {kind for c in nb["cells"] for o in c["outputs"] for kind in o.get("data", {})}
+    assert "And a dog?" in "".join(nb["cells"][1]["outputs"][0]["data"][HTML])
+    lab.close(notebook)
+
+
 def test_without_a_page(small_demo, tmp_path, shell_env):
     "The same notebook, run by a program: one plain picture, which says the end, and no widget"
     start = START.format(demo=str(small_demo), run=str(tmp_path / "run"), steps=20)
