@@ -74,7 +74,7 @@ PLACE = """i => {
     return {
         width: picture.getBoundingClientRect().width, wide: wide.map(name), scrolls: scrolls.map(name),
         contrast: (high + .05) / (low + .05), theme: light(colours[1]) < .5 ? 'Dark' : 'Light',
-        ready: colours[1][3] === 1, inner: innerWidth,
+        ready: colours[1][3] === 1 && !document.getElementById('jupyterlab-splash'), inner: innerWidth,
     }
 }"""
 
