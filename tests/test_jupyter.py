@@ -74,7 +74,7 @@ PLACE = """i => {
     return {
         width: picture.getBoundingClientRect().width, wide: wide.map(name), scrolls: scrolls.map(name),
         contrast: (high + .05) / (low + .05), theme: light(colours[1]) < .5 ? 'Dark' : 'Light',
-        ready: colours[1][3] === 1, inner: innerWidth,
+        ready: colours[1][3] === 1 && !document.getElementById('jupyterlab-splash'), inner: innerWidth,
     }
 }"""
 
@@ -280,15 +280,13 @@ def lab(tmp_path_factory, shell_env):
     finally: end(server)
 
 
-def is_picture(output: dict) -> bool: return PICTURE in "".join(output.get("data", {}).get(HTML, ""))
-
-
 def check_static(nb: dict, cell: int, size: int) -> None:
     "A notebook's file holds one pane as a plain picture, and no widget"
     outputs = [o for c in nb["cells"] if c["cell_type"] == "code" for o in c["outputs"]]
     assert not WIDGETS & {kind for o in outputs for kind in o.get("data", {})}
     assert "widgets" not in nb["metadata"] and size < 60_000
-    assert [is_picture(o) for o in nb["cells"][cell]["outputs"]].count(True) == 1
+    (pane,) = [o for o in nb["cells"][cell]["outputs"] if HTML in o.get("data", {})]
+    assert PICTURE in "".join(pane["data"][HTML])
     assert not any("error" in o["output_type"] for o in outputs)
 
 
