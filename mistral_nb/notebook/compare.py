@@ -16,24 +16,22 @@ from ..core.config import flatten, read_yaml
 from ..core.display import cell_text, escape, short_path, Table
 from .job import Job, view_of
 from .live import has_buttons, keep_live, show_in_place
-from .records import RecordReader
-from ..train.metrics import answer_rows, read_samples_log
+from .records import all_records, record_feed
+from ..train.metrics import answer_rows, read_samples_log, StepLog
 from ..train.pane import pane_html, pane_text, Scale, smooth, svg, svg_grid, svg_image, svg_line
 from ..train.pane import thin, View
 from ..train.run_dir import checkpoints, is_locked
 from ..train.stop import pause_file, Steered
 
 # %% ../../nbs/notebook/87_compare.ipynb #folder
-def view_of_folder(run_dir: str | Path) -> View:
-    "A run as its folder tells it; `FileNotFoundError` if there is none."
+def view_of_folder(run_dir: str | Path, records: list[StepLog] | None = None) -> View:
+    "A run as its folder tells it, with its `records` if they were read; or a `FileNotFoundError`."
     folder = Path(run_dir)
     if not (folder / "args.yaml").exists():
         hint = "mistral_nb.list_runs() lists the runs below a folder"
         raise FileNotFoundError(f"there is no run in {run_dir}: {hint}")
-    if (folder / "launch/job.json").exists(): return view_of(Job(folder))
-    records = RecordReader(folder)
-    try: found = records.read()
-    finally: records.close()
+    if (folder / "launch/job.json").exists(): return view_of(Job(folder), records)
+    found = all_records(folder) if records is None else records
     total = found[-1].max_steps if found else read_yaml(folder / "args.yaml").get("max_steps", 100)
     began, file = (folder / "args.yaml").stat().st_mtime, folder / "metrics.train.jsonl"
     view = View(short_path(folder), total, records=found, began=began)
@@ -55,9 +53,10 @@ class WatchedRun(Steered):
 
     def __init__(self, run_dir: str | Path):
         self.run_dir = Path(run_dir)
+        self.feed = record_feed(self.run_dir)
         self.view()
 
-    def view(self) -> View: return view_of_folder(self.run_dir)
+    def view(self) -> View: return view_of_folder(self.run_dir, list(self.feed()))
     def __repr__(self) -> str: return pane_text(self.view())
     def _repr_html_(self) -> str: return pane_html(self.view())
 

@@ -24,7 +24,7 @@ from ..core.files import write_atomic
 from .failure import attempt_folders, diagnose, JobFailedError, screen_text
 from .live import ENDED, GO_ON, has_buttons, keep_live, show_in_place, show_live
 from .processes import find_processes, process_tree, send_signal
-from .records import RecordReader
+from .records import all_records, record_feed, RecordReader
 from ..train.metrics import History, read_phase, read_samples_log, answer_rows, show_progress
 from ..train.metrics import StepLog
 from ..train.pane import pane_html, View
@@ -185,11 +185,9 @@ def look_at(job: Job, view: View) -> None:
     if view.phase not in ENDED: view.looked_at = time.time()
 
 
-def view_of(job: Job) -> View:
-    "Where it stands, for the pane."
-    records, state = RecordReader(job.run_dir), job.state
-    try: found = records.read()
-    finally: records.close()
+def view_of(job: Job, records: list[StepLog] | None = None) -> View:
+    "Where it stands, for the pane; with its `records`, if they were read already."
+    state, found = job.state, all_records(job.run_dir) if records is None else records
     phase = {"running": "training" if found else "starting", "not started": "starting"}.get(state, state)
     if state == "running" and pause_file(job.run_dir).exists(): phase = "paused"
     began, newest = (job.folder / "job.json").stat().st_mtime, job.run_dir / "metrics.train.jsonl"
@@ -204,7 +202,9 @@ def view_of(job: Job) -> View:
 
 def show_job(job: Job) -> None:
     "Its pane: kept up to date while it runs, where the page can do that."
-    if job.alive and has_buttons(): keep_live(lambda: view_of(job), job)
+    if job.alive and has_buttons():
+        feed = record_feed(job.run_dir)
+        keep_live(lambda: view_of(job, feed()), job)
     else: show_in_place({"text/html": job._repr_html_(), "text/plain": repr(job)})
 
 # %% ../../nbs/notebook/84_job.ipynb #attach

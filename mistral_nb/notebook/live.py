@@ -172,7 +172,9 @@ def keep_live(read: Callable[[], View], run: Steered, every: float = 0.5) -> Thr
     def keep() -> None:
         while page.view.phase not in ENDED:
             time.sleep(every)
-            page.view = read()
+            try: page.view = read()
+            except Exception as error:  # its folder is gone, say
+                page.view.phase, page.view.detail = "failed", f"cannot be followed: {one_line(error, 200)}"
             box.value = pane_html(page.view)
         buttons.close()
         handle.update({"text/html": pane_html(page.view), "text/plain": pane_text(page.view)}, raw=True)
