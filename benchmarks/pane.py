@@ -13,7 +13,7 @@ from jupyter_client.manager import KernelManager
 
 from mistral_nb.core.display import Table
 from mistral_nb.train.metrics import EvalLog, StepLog
-from mistral_nb.train.pane import pane_html, View
+from mistral_nb.core.pane import pane_html, View
 
 LONGEST = 20_000  # steps
 TRAIN = """

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from mistral_nb.data.sources import TokenizedSource
 from mistral_nb.data.convert import convert
 from mistral_nb.train.optim import beta1_at
 from mistral_nb.train.optim import lr_at
+from mistral_nb.train.preference import PairSums
+from mistral_nb.train.preference import pair_losses
+from mistral_nb.train.preference import Preference
 
 HERE = Path(__file__).parent
 ROOTS = (HERE.parents[1] / "shared/parity", HERE / "data/parity")
@@ -297,3 +301,55 @@ def test_extend_vocabulary(tmp_path):
         new = ours[name][3:771].double()
         assert abs(float(new.sum()) - want[name]["rows_3_771_random"]["sum"]) < 1e-3
         assert abs(float(ours[name].double().abs().sum()) - want["tensors"][name]["abs_sum"]) < 1e-2
+
+
+PREFERENCE = ROOT / "preference"
+CASES = json.loads((PREFERENCE / "model_losses.json").read_text())
+LOSS_NAMES = [name for name, case in CASES.items() if isinstance(case, dict) and "loss" in case]
+
+
+@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_preference_losses(name):
+    "Losses and gradients of TRL, transformers and PEFT, on pairs packed into one row"
+    loss, norm = parity.preference_case(PREFERENCE, name)
+    assert loss == pytest.approx(CASES[name]["loss"], rel=2e-5)
+    assert norm == pytest.approx(CASES[name]["grad_norm"], rel=2e-4)
+
+
+def test_log_probabilities_of_answers():
+    "As transformers computes them, one sequence at a time with all logits"
+    pairs = json.loads((PREFERENCE / "data.json").read_text())["pairs"]
+    sums, want = parity.pair_sums(parity.preference_model(PREFERENCE), pairs), CASES["log_probs_plain"]
+    names = dict(chosen="policy_chosen", rejected="policy_rejected", ref_rejected="ref_rejected")
+    for ours, theirs in names.items():
+        np.testing.assert_allclose(getattr(sums, ours).tolist(), want[theirs], atol=3e-5)
+    assert sums.n_chosen.tolist() == CASES["log_probs"]["n_chosen"]
+
+
+def number_cases() -> list[tuple[str, dict, PairSums]]:
+    "Losses of numbers alone, extreme ones among them, that the package has"
+    found = json.loads((PREFERENCE / "numbers.json").read_text())
+    names = ("policy_chosen", "policy_rejected", "n_chosen", "n_rejected", "ref_chosen", "ref_rejected")
+    sums = PairSums(*(torch.tensor(found[name], dtype=torch.float64) for name in names))
+    return [(name, case, sums) for name, case in found["losses"].items() if name in NUMBER_LOSSES]
+
+
+NUMBER_LOSSES = {
+    "dpo": Preference("dpo"), "dpo_beta_0.5": Preference("dpo", 0.5), "cdpo_0.1": Preference("dpo", 0.1, 0.1),
+    "cdpo_0.3": Preference("dpo", 0.1, 0.3), "dpo_robust_0.1": Preference("robust", 0.3, 0.1),
+    "dpo_ipo": Preference("ipo", 0.1), "dpo_sigmoid_norm": Preference("norm", 2.0),
+    "simpo": Preference("simpo", 2.0, gamma=1.0), "simpo_instruct": Preference("simpo", 2.5, 0.1, 0.25),
+}
+
+
+def test_preference_losses_of_numbers():
+    "Value and derivatives, also at margins of 800"
+    cases = number_cases()
+    assert len(cases) == len(NUMBER_LOSSES)
+    for name, case, sums in cases:
+        policy = [t.clone().requires_grad_() for t in (sums.chosen, sums.rejected)]
+        mine = pair_losses(replace(sums, chosen=policy[0], rejected=policy[1]), NUMBER_LOSSES[name])
+        np.testing.assert_allclose(mine.tolist(), case["each"], rtol=1e-9, atol=1e-12, err_msg=name)
+        mine.mean().backward()
+        for t, key in zip(policy, ("d_chosen", "d_rejected")):
+            np.testing.assert_allclose(t.grad.tolist(), case[key], rtol=1e-9, atol=1e-12, err_msg=name)

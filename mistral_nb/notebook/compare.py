@@ -18,8 +18,8 @@ from .job import Job, view_of
 from .live import has_buttons, keep_live, show_in_place
 from .records import all_records, record_feed
 from ..train.metrics import answer_rows, read_samples_log, StepLog
-from ..train.pane import pane_html, pane_text, Scale, smooth, svg, svg_grid, svg_image, svg_line
-from ..train.pane import thin, View
+from ..core.pane import pane_html, pane_text, Scale, smooth, svg, svg_grid, svg_image, svg_line
+from ..core.pane import thin, View
 from ..train.run_dir import checkpoints, is_locked
 from ..train.stop import pause_file, Steered
 

@@ -27,7 +27,7 @@ from .processes import find_processes, process_tree, send_signal
 from .records import all_records, record_feed, RecordReader
 from ..train.metrics import History, read_phase, read_samples_log, answer_rows, show_progress
 from ..train.metrics import StepLog
-from ..train.pane import pane_html, View
+from ..core.pane import pane_html, View
 from ..train.run_dir import checkpoints, is_locked, step_of
 from ..train.stop import Interrupted, pause_file, process_id, Steered, stop_file
 from ..train.stop import StopOnSignal

@@ -19,7 +19,7 @@ from typing import Any, Callable, Iterator
 from ..core.display import in_notebook, one_line, short_path
 from ..train import loop
 from ..train.metrics import History, answer_rows, StepLog
-from ..train.pane import pane_html, pane_text, View
+from ..core.pane import pane_html, pane_text, View
 from ..train.stop import Interrupted, pause_file, Steered
 
 # %% ../../nbs/notebook/83_live.ipynb #in-place

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ..core.display import in_notebook, Picture, short_path, Table
 from ..core.files import write_atomic
-from .pane import format_duration, pane_html, View
+from ..core.pane import format_duration, pane_html, View
 from .run_dir import checkpoints
 
 # %% ../../nbs/train/66_metrics.ipynb #units
