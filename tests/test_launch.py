@@ -19,6 +19,7 @@ from conftest import steps_done
 from mistral_nb.demo import demo_settings
 from mistral_nb.notebook.failure import JobFailedError
 from mistral_nb.notebook.job import attach
+from mistral_nb.notebook.job import view_of
 from mistral_nb.notebook.failure import diagnose
 from mistral_nb.notebook.processes import process_tree
 from mistral_nb.notebook.processes import send_signal
@@ -75,6 +76,29 @@ def test_stop_and_go_on(settings):
     history = again.wait()
     assert again.state == "finished" and [r.loss for r in history.records] == [r.loss for r in whole.records]
     assert f"going on after {done}" in again.logs(0, None)
+
+
+def test_pause_and_save(settings):
+    "Two processes wait after the same step, save when asked, also while they wait, and go on"
+    run = launch(settings(ckpt_freq=0), nproc_per_node=2)
+    said = set()
+
+    def has_begun() -> bool:
+        said.add(view_of(run).detail)
+        return steps_done(run.run_dir) > 2
+
+    wait_for(has_begun)
+    assert "starting 2 processes" in said and any("first step" in text for text in said), said
+    run.pause()
+    time.sleep(1)  # the step that was at work
+    done = steps_done(run.run_dir)
+    run.save_soon()
+    wait_for(lambda: checkpoints(run.run_dir))
+    assert checkpoints(run.run_dir)[0].name == f"checkpoint_{done:06}" and run.alive
+    assert steps_done(run.run_dir) == done and view_of(run).phase == "paused"
+    run.go_on()
+    wait_for(lambda: steps_done(run.run_dir) > done + 2)
+    assert run.stop().state == "stopped" and not find_damage(checkpoints(run.run_dir)[0])
 
 
 def test_kill(settings):
