@@ -10,7 +10,10 @@ import pytest
 from mistral_nb.core.config import ConfigError
 from mistral_nb.core.settings import load_args
 from mistral_nb.core.settings import save_args
+from mistral_nb.demo import demo_settings
 from mistral_nb.train import tracking
+from mistral_nb.train.metrics import answer_rows
+from mistral_nb.train.metrics import read_samples_log
 from mistral_nb.train.run_dir import run_marker
 from mistral_nb.train.loop import Trainer
 from mistral_nb.train.tracking import MLFlow
@@ -18,7 +21,6 @@ from mistral_nb.train.tracking import MLFlow
 
 @pytest.fixture
 def settings(demo, tmp_path):
-    from mistral_nb.demo import demo_settings
     return lambda **kw: demo_settings(
         demo, tmp_path / "run", max_steps=2, seq_len=64, log_freq=1, eval_freq=1, no_ckpt=True, **kw
     )
@@ -122,3 +124,19 @@ def test_server_that_falls(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(tracking.Service, "log", slow)
     run = Trainer(settings(mlflow=dict(tracking_uri="http://host"), on_tracking_error="stop"), max_steps=8)
     with pytest.raises(KeyboardInterrupt, match="connection reset"): run.fit()
+
+
+def test_answers_while_training(small_demo, tmp_path):
+    "Before the first step and at each evaluation; a run that goes on repeats none, and losses do not change"
+    asked = dict(sample_prompts=["What <b>opens</b>?", ""], sample_tokens=4, no_eval=True, eval_freq=2)
+    how = dict(max_steps=5, seq_len=128, ckpt_freq=1, lora=dict(rank=4, dropout=0.1), device="cpu")
+    plain = [r.loss for r in Trainer(demo_settings(small_demo, tmp_path / "plain", **how)).steps()]
+    settings = demo_settings(small_demo, tmp_path / "asked", **how, **asked)
+    first = Trainer(settings)
+    losses = [next(r for r in first.steps()).loss]  # closed after one step, as if killed
+    losses += [r.loss for r in Trainer(settings, resume=True).steps()]
+    assert losses == plain
+    found = read_samples_log(tmp_path / "asked")
+    assert [r.step for r in found] == [0, 2, 4, 5]
+    assert all(r.questions == ("What <b>opens</b>?", "") and len(r.answers) == 2 for r in found)
+    assert [row[:2] for row in answer_rows(found)] == list(zip(found[0].questions, found[0].answers))
