@@ -9,6 +9,7 @@ import html
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -284,6 +285,7 @@ def relink(text: str, up: str) -> str:
         target = match[1]
         if target.startswith("nbs/"): return f"]({up}{target.removeprefix('nbs/')})"
         if target.startswith("tutorials/"): return f"]({up}{target})"
+        if target.endswith(".png"): return f"]({up}{Path(target).name})"
         pages = {"CHANGELOG.md": "changelog.md", "benchmarks/RESULTS.md": "benchmarks.md"}
         if target in pages: return f"]({up}{pages[target]})"
         return match[0] if "://" in target else f"]({address}/blob/{settings()['branch']}/{target})"
@@ -319,6 +321,7 @@ def fill(out: Path) -> None:
         nb = json.loads(path.read_text(encoding="utf-8").replace("../nbs/", "../"))
         write(out, f"tutorials/{path.name}", json.dumps(nb | {"metadata": METADATA}))
     for path in (ROOT / "docs/conf.py", ROOT / "settings.ini"): write(out, path.name, path.read_text())
+    for path in (ROOT / "docs").glob("*.png"): shutil.copy(path, out)
     walks = (ROOT / "docs/how_it_works.md").read_text()
     write(out, "how_it_works.md", walks.replace("](../nbs/", "]("))  # on the site it stands beside the rooms
     write(out, "from_finetune.md", section(readme, "What is different from mistral-finetune"))
