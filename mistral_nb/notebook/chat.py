@@ -247,7 +247,9 @@ class Conversation:
 
     def chat(self, side: str | None = None) -> Chat:
         "One side's conversation, the tuned one's by default"
-        return self.sides.chats[side or list(self.sides.chats)[-1]]
+        names = list(self.sides.chats)
+        if side in (None, *names): return self.sides.chats[side or names[-1]]
+        raise ValueError(f"there is no side {side!r} here: {' and '.join(names)}")
 
     def row(self, side: str | None = None) -> dict: return conversation_row(self.chat(side))
 

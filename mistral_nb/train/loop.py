@@ -82,6 +82,7 @@ def measured(
 # %% ../../nbs/train/75_loop.ipynb #try-steps
 def try_steps(run: Session, n: int = 3) -> Plan:
     "Time `n` steps that change nothing, after one that warms up; returns the plan with the pace measured."
+    require(n > 0, "n", f"{n} steps measure nothing", "give 1 or more")
     batches, seconds, count = new_batches(run.args, run.data, run.ranks), 0.0, 0.0
     devices = [torch.cuda.current_device()] if run.device == "cuda" else []
     with model_lock(run.model), torch.random.fork_rng(devices):

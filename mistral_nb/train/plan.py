@@ -17,7 +17,7 @@ from typing import Any, Callable
 
 import torch
 
-from ..core.config import ConfigError
+from ..core.config import ConfigError, require
 from ..core.display import Table
 from ..core.hub import HubError, local_model, released, SHAPES
 from ..core.settings import check_paths, load_args, TrainArgs
@@ -380,7 +380,9 @@ class Target:
 def target_of(args: TrainArgs, gpu: str | float | None = None) -> Target:
     "A GPU by its name or its GiB, one of `memory_gib` where there is none, or this machine's device."
     asked = int(args.memory_gib * 2**30) if args.memory_gib else None
-    if isinstance(gpu, int | float): return Target(int(gpu * 2**30), f"a GPU with {gpu:g} GiB", None, None)
+    if isinstance(gpu, int | float):
+        require(gpu > 0, "gpu", f"{gpu} GiB hold nothing", "give its GiB, or a name such as T4")
+        return Target(int(gpu * 2**30), f"a GPU with {gpu:g} GiB", None, None)
     if gpu is not None:
         card = named_card(gpu)
         return Target(asked or int(card.gib * 2**30), card.name, card, None)
@@ -412,7 +414,10 @@ def base_to_plan(args: TrainArgs) -> tuple[TrainArgs, BaseToPlan]:
     try: args = check_paths(local_model(args))
     except HubError:
         known = released(args.model_id_or_path)
-        params = SHAPES[known.family].params if known and not known.why_not else None
+        if known and known.why_not:
+            problem = f"{known.name} cannot be trained here: {known.why_not}"
+            raise ConfigError("model_id_or_path", problem) from None
+        params = SHAPES[known.family].params if known else None
         if not params: raise
         return args, BaseToPlan(from_params(params))
     folder = Path(args.model_id_or_path)
